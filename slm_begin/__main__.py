@@ -1,0 +1,3 @@
+from slm_begin.cli import main
+
+if __name__ == '__main__': raise SystemExit(main())

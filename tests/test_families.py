@@ -1,0 +1,194 @@
+"supernet: the laws of DESIGN.md section 4 for every architecture that is inferred, on tiny models with random weights."
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from slm_begin.distill import CrossEntropy, Distill
+from slm_begin.supernet import NotASupernet, Supernet, axis_in, config_name, entries, infer_axes, load_model, resized, save_student
+
+# Grouped and single queries, tied and free embeddings, biases or none, extra norms, soft caps, sliding windows, scaled embeddings,
+# fused matrices, learned positions
+FAMILIES = '''apertus arcee biogpt bitnet cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox granite helium hunyuan_v1_dense
+    hyperclovax internlm3 jais2 llama ministral ministral3 mistral nanochat nemotron olmo olmo2 olmo3 opt phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm
+    starcoder2 vaultgemma'''.split()
+every = pytest.mark.parametrize('family', FAMILIES)
+
+
+def tiny(family, seed=0, **settings):
+    "A model of three layers with weights that are trivial nowhere."
+    config = CONFIG_MAPPING[family](**settings)
+    for k in 'pad_token_id', 'bos_token_id', 'eos_token_id':
+        if getattr(config, k, None) is not None: setattr(config, k, 0)
+    for k in 'attention_bias', 'mlp_bias':
+        if hasattr(config, k) and isinstance(getattr(config, k), bool): setattr(config, k, True)
+    grouped = config_name(config, 'heads') is not None and getattr(config, config_name(config, 'heads')) is not None
+    config = resized(config, [0, 1, 2], vocab=96, embd=32, queries=4, heads=2 if grouped else 4, head_size=8, ffn=40)
+    if hasattr(config, 'word_embed_proj_dim'): config.word_embed_proj_dim = 32
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters(): p.data += .1 * torch.randn_like(p)
+    return Supernet(model, family)
+
+def some(rng, n): return rng.sample(range(n), rng.randint(1, n))
+
+def random_subnet(net, rng, width=True):
+    s, layers = net.sizes, sorted(some(rng, net.sizes['layers']))
+    return net.subnet(layers, some(rng, s['embd']) if width else None, tuple(some(rng, s['heads']) for _ in layers), tuple(some(rng, s['ffn']) for _ in layers))
+
+def ids(seed=0): return torch.randint(1, 96, (2, 11), generator=torch.Generator().manual_seed(seed))
+
+@torch.no_grad()
+def logits(model, x=None): return model.eval()(input_ids=ids() if x is None else x, use_cache=False).logits
+
+
+@every
+def test_the_full_subnet_is_the_teacher(family):
+    net = tiny(family)
+    assert torch.equal(logits(net.extract(net.full)), logits(net.model))
+
+@every
+def test_a_count_is_the_truth(family):
+    net, rng = tiny(family), random.Random(0)
+    for _ in range(8):
+        sub = random_subnet(net, rng)
+        assert net.count(sub)==sum(p.numel() for p in net.extract(sub).parameters())==sum(p.numel() for p in net.init(sub).parameters())
+
+@every
+def test_order_does_not_matter(family):
+    net, rng = tiny(family), random.Random(1)
+    want, s = logits(net.model), net.sizes
+    shuffled = lambda n: rng.sample(range(n), n)
+    for kw in dict(embd=shuffled(s['embd'])), dict(heads=tuple(shuffled(s['heads']) for _ in range(3))), dict(ffn=tuple(shuffled(s['ffn']) for _ in range(3))):
+        torch.testing.assert_close(logits(net.extract(net.subnet(**kw))), want, rtol=1e-3, atol=1e-3)
+
+COUNTS_WHAT_IS_THERE = 'bitnet', 'olmo2', 'olmo3'          # a norm over all heads or neurons together: fewer of them are not the same as zeros
+
+@pytest.mark.parametrize('family', [f for f in FAMILIES if f not in COUNTS_WHAT_IS_THERE])
+def test_dropping_is_zeroing(family):
+    "Of heads, neurons and layers: the teacher with zeros in the matrices that would read them, and in all that a dropped layer adds."
+    net, rng = tiny(family), random.Random(2)
+    for _ in range(3):
+        sub = random_subnet(net, rng, width=False)
+        whole = Supernet(net.extract(net.full), family)
+        for name, p in whole.model.named_parameters():
+            dims, layer = whole.axes_of(name)
+            if layer is None or len(dims) < 2: continue
+            dim = reads(whole, name)
+            axis = axis_in(dims[dim])
+            if axis not in ('heads', 'ffn'): continue
+            kept = getattr(sub, axis)[sub.layers.index(layer)] if layer in sub.layers else ()
+            gone = [i for i in range(net.sizes[axis]) if i not in kept]
+            if gone: p.data.index_fill_(dim, entries(dims[dim], gone, net.sizes[axis], net.units), 0)
+        for i in set(range(net.sizes['layers'])) - set(sub.layers): silence(whole.model.get_submodule(net.layers_at)[i])
+        torch.testing.assert_close(logits(net.extract(sub)), logits(whole.model), rtol=1e-3, atol=1e-3)
+
+def silence(layer):
+    "Nothing that a layer adds is left, whatever it does to what it has read: it gives back what came in."
+    forward = layer.forward
+    def passes(hidden_states, *args, **kwargs):
+        out = forward(hidden_states, *args, **kwargs)
+        return (hidden_states, *out[1:]) if isinstance(out, tuple) else hidden_states
+    layer.forward = passes
+
+def reads(net, name):
+    "The dimension of a matrix that holds its inputs."
+    return 0 if type(net.model.get_submodule(name.rpartition('.')[0])).__name__=='Conv1D' else 1
+
+@every
+def test_what_is_saved_is_what_was(family, tmp_path):
+    net, rng = tiny(family), random.Random(3)
+    uniform = net.subnet([0, 2], net.sizes['embd'] // 2, net.sizes['heads'] // 2, 24)
+    for name, sub in dict(uniform=uniform, layerwise=random_subnet(net, rng), heads=net.subnet(2, heads=1)).items():
+        model = net.extract(sub).eval()
+        save_student(model, tmp_path/name)
+        again = load_model(tmp_path/name)
+        assert torch.equal(logits(again), logits(model)), name
+        writes = lambda m, cache: m.generate(ids(), max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0, eos_token_id=None)
+        assert torch.equal(writes(again, True), writes(model, True)) and torch.equal(writes(again, True), writes(again, False)), name
+        assert hasattr(again.config, 'subnet')==(not net.expressible(sub))
+
+@every
+def test_students_learn_and_start_at_random(family):
+    net, rng = tiny(family), random.Random(4)
+    for model in net.extract(random_subnet(net, rng)), net.init(random_subnet(net, rng)), net.init(net.full):
+        model.train()(input_ids=ids(), labels=ids()).loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@every
+def test_the_chunked_loss_is_the_models_own(family):
+    "Also with biases, factors and soft caps behind the output projection."
+    net = tiny(family)
+    model, batch = net.extract(net.subnet([0, 2], 20, 2, 24)).eval(), ids()
+    loss, _ = CrossEntropy(chunk=7)(model, batch)
+    want = model(input_ids=batch, labels=batch).loss
+    assert abs(loss - want) < 1e-4
+    params = [*model.parameters()]
+    for a, b in zip(*(torch.autograd.grad(o, params, allow_unused=True) for o in (loss, want)), strict=True):
+        assert (a is None)==(b is None)
+        if a is not None: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert abs(Distill(net.model, 0, 1)(net.extract(net.full).eval(), batch)[0]) < 1e-4    # nothing to learn from oneself
+
+def test_a_teacher_without_weights_is_enough_to_count():
+    config = tiny('gemma2').config
+    config.head_dim = 10                                                # an architecture that was not asked about yet
+    with torch.device('meta'):
+        net = Supernet(AutoModelForCausalLM.from_config(config))
+        assert net.count(net.full)==net.model.num_parameters() and not net.native(16, 2)
+
+def test_attention_is_set_in_every_layer():
+    model = tiny('qwen3').extract(tiny('qwen3').subnet([0, 2], 20, (1, 2), (20, 12))).eval()
+    want = logits(model)
+    model.set_attn_implementation('eager')
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, 'config')}=={'eager'}
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+
+def test_logits_that_are_made_otherwise_are_refused():
+    model = tiny('llama').extract(tiny('llama').full)
+    model.lm_head.register_forward_hook(lambda module, args, out: out.flip(-1))
+    with pytest.raises(ValueError, match='not made of its last hidden states in a way that is known'): CrossEntropy()(model, ids())
+
+
+def test_students_of_many_families_load_without_slm_begin(tmp_path):
+    "Plain `from_pretrained` for what a family's config can say, one modelling file for the rest."
+    for family in 'gpt2', 'opt', 'phi3', 'llama', 'qwen3', 'gemma2':
+        net = tiny(family)
+        for kind, sub in dict(plain=net.subnet([0, 2], heads=net.sizes['heads'], ffn=24), layerwise=net.subnet([0, 2], 20, (1, 2), (20, 12))).items():
+            model = net.extract(sub).eval()
+            save_student(model, tmp_path/f'{family}-{kind}')
+            torch.save(dict(ids=ids(), logits=logits(model)), tmp_path/f'{family}-{kind}'/'expected.pt')
+    program = '''
+import sys, pathlib, torch
+sys.modules['slm_begin'] = None
+from transformers import AutoModelForCausalLM
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    want = torch.load(folder/'expected.pt', weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=folder.name.endswith('layerwise')).eval()
+    torch.testing.assert_close(model(input_ids=want['ids'], use_cache=False).logits, want['logits'], rtol=1e-5, atol=1e-5)
+    print(folder.name, type(model).__name__)
+'''
+    r = subprocess.run([sys.executable, '-c', program, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    assert not r.returncode, r.stderr[-3000:]
+    assert r.stdout.count('SubnetForCausalLM')==6 and len(r.stdout.splitlines())==12
+
+
+@pytest.mark.parametrize('rope', [dict(rope_type='linear', factor=4.), dict(rope_type='yarn', factor=4., original_max_position_embeddings=64),
+                                  dict(rope_type='longrope', short_factor=[1.] * 4, long_factor=[2.] * 4, original_max_position_embeddings=64)])
+def test_stretched_positions_stay(rope):
+    net = tiny('llama', rope_parameters=dict(rope_theta=1e4, **rope))
+    small = net.extract(net.subnet([0, 2], 20, (1, 2), (20, 12)))
+    assert torch.equal(small.model.rotary_emb.inv_freq, net.model.model.rotary_emb.inv_freq)
+    assert torch.equal(logits(net.extract(net.full)), logits(net.model))
+
+
+# What cannot be cut is refused, with the reason
+
+@pytest.mark.parametrize('family, why', [
+    ('mixtral', 'mixture of experts'), ('bart', 'has an encoder'), ('mamba', 'has no `num_attention_heads`'), ('electra', 'no decoder'),
+    ('bloom', 'follows embd in no way that is known'), ('xglm', 'not alike'), ('gemma3', 'more than text')])
+def test_refused(family, why):
+    with pytest.raises(NotASupernet, match=why): infer_axes(CONFIG_MAPPING[family]())
