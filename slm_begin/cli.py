@@ -10,8 +10,11 @@ __all__ = ['COMMANDS', 'command', 'say', 'run', 'plan', 'train_teacher', 'defaul
 import difflib
 import inspect
 import os
+import signal
 import sys
+import threading
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
@@ -42,7 +45,7 @@ def run(
     "Run a recipe, from text to report."
     from slm_begin import pipeline
     out = out or default_out(recipe, 'demo')
-    with resumable('run', out): say(f"done: {pipeline.run(settings, out, resume, say)}")
+    with resumable('run', out) as pressed: say(f"done: {pipeline.run(settings, out, resume, say, pressed)}")
 
 @command('Recipe')
 def plan(
@@ -63,18 +66,31 @@ def train_teacher(
     "Train a teacher from random weights, and save it with its model card."
     from slm_begin import pipeline
     out = out or default_out(recipe, 'teacher')
-    with resumable('train-teacher', out): say(f"done: {pipeline.train_teacher(settings, out, resume, say)}")
+    with resumable('train-teacher', out) as pressed: say(f"done: {pipeline.train_teacher(settings, out, resume, say, pressed)}")
 
 # %% ../nbs/11_cli.ipynb #c009
 def default_out(recipe, default) -> str: return f'runs/{Path(recipe or default).stem}'
 
-class resumable:
-    "Lets a Ctrl-C say how to go on."
-    def __init__(self, name, out): self.name, self.out = name, out
-    def __enter__(self): return self
-    def __exit__(self, kind, e, tb):
-        if kind and issubclass(kind, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"{e or 'stopped'}. What is finished is saved; go on with: slm_begin {self.name} --resume --out {self.out}") from None
+@contextmanager
+def resumable(
+    name: str,  # Of the command
+    out: str,  # Its run folder
+): # Yields a function that says whether Ctrl-C was pressed
+    "Let Ctrl-C say how to go on. It is remembered: code in between may turn a `KeyboardInterrupt` into another error, or lose it."
+    pressed = []
+    def handler(signum, frame):
+        pressed.append(signum)
+        raise KeyboardInterrupt
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handler) if main else None
+    try: yield lambda: bool(pressed)
+    except (KeyboardInterrupt, Exception) as e:
+        if not pressed and not isinstance(e, KeyboardInterrupt): raise
+        what = str(e) if isinstance(e, KeyboardInterrupt) and str(e) else 'stopped'
+        raise KeyboardInterrupt(f"{what}. What is finished is saved; go on with: slm_begin {name} --resume --out {out}") from None
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
+
 
 # %% ../nbs/11_cli.ipynb #c010
 @command()

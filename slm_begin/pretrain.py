@@ -163,7 +163,7 @@ class Stopped(KeyboardInterrupt):
     "Training was stopped on request, after a checkpoint was written."
 
 @contextmanager
-def _interrupts(say):
+def _interrupts():
     "Let Ctrl-C finish the step and save: yields a function that says whether it was pressed. Pressed twice, it stops at once."
     pressed = []
     if threading.current_thread() is not threading.main_thread():
@@ -171,8 +171,7 @@ def _interrupts(say):
         return
     def handler(signum, frame):
         if pressed: raise KeyboardInterrupt
-        pressed.append(signum)
-        say("stopping after this step (press Ctrl-C again to stop at once)")
+        pressed.append(signum)                                          # and no word: who writes may be interrupted while writing
     before = signal.signal(signal.SIGINT, handler)
     try: yield lambda: bool(pressed)
     finally: signal.signal(signal.SIGINT, before)
@@ -372,7 +371,7 @@ def anyone(self: Pretraining, flag) -> bool:
 def run(self: Pretraining) -> list[dict]: # The lines of metrics.jsonl
     "Train to the end, from where the folder stands. Raises `Stopped` after Ctrl-C or when `stop()` says so, with everything saved."
     student, on, evals, said = self.student, self.accelerator.device, set(self.cfg.eval_steps()), 0.
-    with fast_attention(student, on), compiled(student, on) if self.cfg.compile else nullcontext(), _interrupts(self.say) as pressed:
+    with fast_attention(student, on), compiled(student, on) if self.cfg.compile else nullcontext(), _interrupts() as pressed:
         self.resume()
         if self.step == 0: self.evaluate()
         began = time.perf_counter()
@@ -385,11 +384,17 @@ def run(self: Pretraining) -> list[dict]: # The lines of metrics.jsonl
             if self.step in evals: self.evaluate()
             if self.step == self.cfg.steps or self.cfg.checkpoint_steps and self.step % self.cfg.checkpoint_steps == 0: self.save()
             if time.perf_counter() - said > 2 or self.step == self.cfg.steps: said = self._say_progress(began, metrics)
-            if self.step < self.cfg.steps and self.anyone(pressed() or self.stop()):
-                self.save()
-                raise Stopped(f"stopped at step {self.step} of {self.cfg.steps}; call again to go on from there")
+            if self.anyone(pressed() or self.step < self.cfg.steps and self.stop()): self._leave()
     student.eval()
     return read_lines(self.out / 'metrics.jsonl')
+
+@patch
+def _leave(self: Pretraining):
+    "Save and raise `Stopped`; at the end everything is saved already."
+    if self.step < self.cfg.steps:
+        self.say("stopping: saving a checkpoint (press Ctrl-C again to stop at once)")
+        self.save()
+    raise Stopped(f"stopped at step {self.step} of {self.cfg.steps}; call again to go on from there")
 
 @patch
 def _say_progress(self: Pretraining, began, metrics):

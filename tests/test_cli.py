@@ -119,7 +119,7 @@ def test_ctrl_c(recipe, tmp_path):
         while p.poll() is None and not list(out.glob(wait_for)): time.sleep(.01)
         p.send_signal(signal.SIGINT)
         err = p.communicate()[1]
-        assert p.returncode == 130 and f'go on with: slm_begin run --resume --out {out}' in err and 'Traceback' not in err
+        assert p.returncode == 130 and f'go on with: slm_begin run --resume --out {out}' in err and 'Traceback' not in err, err
     done = python('-m', 'slm_begin', 'run', '--resume', '--out', str(out))
     assert done.returncode == 0, done.stderr
     assert len(json.loads((out/'report'/'data.json').read_text(encoding='utf-8'))['arms']) == 4

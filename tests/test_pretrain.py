@@ -137,7 +137,7 @@ def test_sigint_saves_and_exits_resumable(processes, tokens, tmp_path, whole):
     message = (tmp_path/'result').read_text()
     step = int(message.split()[3])
     assert p.exitcode==0 and message==f'stopped at step {step} of 24; call again to go on from there' and 3 <= step < 24
-    assert (tmp_path/'said').read_text()=='stopping after this step (press Ctrl-C again to stop at once)'
+    assert (tmp_path/'said').read_text()=='stopping: saving a checkpoint (press Ctrl-C again to stop at once)'
     assert checkpoints(tmp_path/'run')[-1]==f'step-{step:06}'
     said = []
     assert_same(go(tokens, tmp_path/'run', say=said.append), whole)
@@ -150,6 +150,12 @@ def test_pressed_twice_it_stops_at_once(tokens, tmp_path, whole):
         for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as e: go(tokens, tmp_path/'run', stop=twice)
     assert not isinstance(e.value, Stopped) and signal.getsignal(signal.SIGINT) is handler
+    assert_same(go(tokens, tmp_path/'run'), whole)
+
+
+def test_pressed_in_the_last_step_it_is_not_lost(tokens, tmp_path, whole):
+    press = lambda line: line.startswith('step    24/24') and os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Stopped, match='stopped at step 24 of 24'): go(tokens, tmp_path/'run', say=press)
     assert_same(go(tokens, tmp_path/'run'), whole)
 
 
