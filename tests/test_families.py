@@ -2,6 +2,7 @@
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def random_subnet(net, rng, width=True):
     s, layers = net.sizes, sorted(some(rng, net.sizes['layers']))
     return net.subnet(layers, some(rng, s['embd']) if width else None, tuple(some(rng, s['heads']) for _ in layers), tuple(some(rng, s['ffn']) for _ in layers))
 
+def inside(net, rng, sub):
+    "The same with random query heads of the kept heads, in any order, and random pairs and other entries of each head."
+    r, rotary, shuffled = net.units['queries'], net.rotary, lambda v: rng.sample(v, len(v))
+    numbers = [rng.randint(1, r) for _ in sub.layers]
+    queries = tuple([h * r + i for h in heads for i in rng.sample(range(r), n)] for heads, n in zip(sub.heads, numbers))
+    pairs, others = some(rng, rotary.width // 2) if rotary.width else [], range(rotary.width, net.head_size)
+    kept = [i for i in range(rotary.width) if rotary.pair(i) in pairs] + rng.sample(others, rng.randint(not pairs, len(others)))
+    return net.subnet(sub.layers, sub.embd, sub.heads, sub.ffn, queries, shuffled(kept))
+
 def ids(seed=0): return torch.randint(1, 96, (2, 11), generator=torch.Generator().manual_seed(seed))
 
 @torch.no_grad()
@@ -55,7 +65,8 @@ def test_a_count_is_the_truth(family):
     net, rng = tiny(family), random.Random(0)
     for _ in range(8):
         sub = random_subnet(net, rng)
-        assert net.count(sub)==sum(p.numel() for p in net.extract(sub).parameters())==sum(p.numel() for p in net.init(sub).parameters())
+        for sub in sub, inside(net, rng, sub):
+            assert net.count(sub)==sum(p.numel() for p in net.extract(sub).parameters())==sum(p.numel() for p in net.init(sub).parameters())
 
 @every
 def test_order_does_not_matter(family):
@@ -64,6 +75,10 @@ def test_order_does_not_matter(family):
     shuffled = lambda n: rng.sample(range(n), n)
     for kw in dict(embd=shuffled(s['embd'])), dict(heads=tuple(shuffled(s['heads']) for _ in range(3))), dict(ffn=tuple(shuffled(s['ffn']) for _ in range(3))):
         torch.testing.assert_close(logits(net.extract(net.subnet(**kw))), want, rtol=1e-3, atol=1e-3)
+    r, heads = net.units['queries'], shuffled(s['heads'])
+    queries = tuple(h * r + i for h in heads for i in shuffled(r))
+    mixed = replace(net.full, heads=(tuple(heads),) * 3, queries=(queries,) * 3, head_size=net.rotary.arranged(range(net.head_size)[::-1])[1])
+    torch.testing.assert_close(logits(net.extract(mixed)), want, rtol=1e-3, atol=1e-3)
 
 COUNTS_WHAT_IS_THERE = 'bitnet', 'olmo2', 'olmo3'          # a norm over all heads or neurons together: fewer of them are not the same as zeros
 
@@ -86,6 +101,27 @@ def test_dropping_is_zeroing(family):
         for i in set(range(net.sizes['layers'])) - set(sub.layers): silence(whole.model.get_submodule(net.layers_at)[i])
         torch.testing.assert_close(logits(net.extract(sub)), logits(whole.model), rtol=1e-3, atol=1e-3)
 
+NORMS_HEADS = *COUNTS_WHAT_IS_THERE, 'apertus', 'exaone4', 'gemma3_text', 'hunyuan_v1_dense', 'nanochat', 'qwen3'     # a norm over the entries of each head
+
+@pytest.mark.parametrize('family', [f for f in FAMILIES if f not in NORMS_HEADS])
+def test_dropping_is_zeroing_inside_heads(family):
+    "Of query heads and of the entries of each head: zeros in what the queries are and in what the output projection reads."
+    net, rng = tiny(family), random.Random(6)
+    for _ in range(3):
+        sub = inside(net, rng, net.full)
+        whole = Supernet(net.extract(net.full), family)
+        gone, r = [i for i in range(net.head_size) if i not in (sub.head_size or range(net.head_size))], net.units['queries']
+        for name, p in whole.model.named_parameters():
+            dims, layer = whole.axes_of(name)
+            for dim, what in enumerate(dims):
+                if axis_in(what)!='heads': continue
+                at = entries(what, None, net.sizes['heads'], net.units, head_size=gone) if gone else torch.zeros(0, dtype=torch.int64)
+                if sub.queries and len(dims)==2 and dim==reads(whole, name):                 # the output projection
+                    out = sorted(set(range(net.sizes['heads'] * r)) - set(sub.queries[layer]))
+                    at = torch.cat([at, *(torch.arange(q * net.head_size, (q + 1) * net.head_size) for q in out)])
+                p.data.index_fill_(dim, at, 0)
+        torch.testing.assert_close(logits(net.extract(sub)), logits(whole.model), rtol=1e-3, atol=1e-3)
+
 def silence(layer):
     "Nothing that a layer adds is left, whatever it does to what it has read: it gives back what came in."
     forward = layer.forward
@@ -102,7 +138,8 @@ def reads(net, name):
 def test_what_is_saved_is_what_was(family, tmp_path):
     net, rng = tiny(family), random.Random(3)
     uniform = net.subnet([0, 2], net.sizes['embd'] // 2, net.sizes['heads'] // 2, 24)
-    for name, sub in dict(uniform=uniform, layerwise=random_subnet(net, rng), heads=net.subnet(2, heads=1)).items():
+    for name, sub in dict(uniform=uniform, layerwise=(layerwise := random_subnet(net, rng)), heads=net.subnet(2, heads=1),
+                          queries=net.subnet(2, queries=1), inside=inside(net, rng, layerwise)).items():
         model = net.extract(sub).eval()
         save_student(model, tmp_path/name)
         again = load_model(tmp_path/name)
@@ -114,7 +151,8 @@ def test_what_is_saved_is_what_was(family, tmp_path):
 @every
 def test_students_learn_and_start_at_random(family):
     net, rng = tiny(family), random.Random(4)
-    for model in net.extract(random_subnet(net, rng)), net.init(random_subnet(net, rng)), net.init(net.full):
+    sub = random_subnet(net, rng)
+    for model in net.extract(sub), net.extract(inside(net, rng, sub)), net.init(inside(net, rng, sub)), net.init(net.full):
         model.train()(input_ids=ids(), labels=ids()).loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
