@@ -434,6 +434,20 @@ def _keep_queries(self: Supernet, v, heads) -> tuple[int, ...]:
                          f"as many for each of the kept heads {list(heads)}, in that order")
     return ids
 
+@patch
+def _keep_entries(self: Supernet, v) -> tuple[int, ...] | None:
+    "Entries of each head in the order that a smaller head needs; None for all. A number keeps the first pairs, and of the others as large a part."
+    size = self.head_size
+    if v is None or v == size: return None
+    if self.rotary is None: raise ValueError(f"`head_size` cannot be cut: how `{self.config.model_type}` pairs the entries of its heads is not known")
+    half, width = 0, self.rotary.width
+    if isinstance(v, int):
+        half = round(v * width / size / 2)
+        if 0 < v < size and v >= 2 * half and (half or not width) and v - 2 * half <= size - width:
+            v = (*PAIRINGS[self.rotary.pairing](range(half), width), *range(width, width + v - 2 * half))
+    try: return self.rotary.arranged(self._among('head_size', v, size))[1]
+    except ValueError as e: raise ValueError(f"`head_size`: cannot keep {v!r} of {size} entries, {width} of them in rotary pairs: {e}") from None
+
 
 # %% ../nbs/01_supernet.ipynb #c090
 @patch
@@ -752,20 +766,6 @@ def _try_rotary(self: Supernet) -> Rotary | None:
 
 
 # %% ../nbs/01_supernet.ipynb #c775
-@patch
-def _keep_entries(self: Supernet, v) -> tuple[int, ...] | None:
-    "Entries of each head in the order that a smaller head needs; None for all. A number keeps the first pairs, and of the others as large a part."
-    size = self.head_size
-    if v is None or v == size: return None
-    if self.rotary is None: raise ValueError(f"`head_size` cannot be cut: how `{self.config.model_type}` pairs the entries of its heads is not known")
-    half, width = 0, self.rotary.width
-    if isinstance(v, int):
-        half = round(v * width / size / 2)
-        if 0 < v < size and v >= 2 * half and (half or not width) and v - 2 * half <= size - width:
-            v = (*PAIRINGS[self.rotary.pairing](range(half), width), *range(width, width + v - 2 * half))
-    try: return self.rotary.arranged(self._among('head_size', v, size))[1]
-    except ValueError as e: raise ValueError(f"`head_size`: cannot keep {v!r} of {size} entries, {width} of them in rotary pairs: {e}") from None
-
 @patch
 def _heads_config(self: Supernet, sub) -> dict:
     "What a config must say of heads with fewer entries."
