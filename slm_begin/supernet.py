@@ -712,7 +712,8 @@ def _try_narrow(self: Supernet) -> bool:
     return torch.allclose(own(input_ids=probe.ids).logits, ours(input_ids=probe.ids).logits, rtol=1e-3, atol=1e-3)
 
 # %% ../nbs/01_supernet.ipynb #c773
-PAIRINGS = dict(halves=lambda pairs, width: [*pairs, *(p + width // 2 for p in pairs)], neighbours=lambda pairs, width: [2 * p + i for p in pairs for i in (0, 1)])
+PAIRINGS = dict(halves=lambda pairs, width: [*pairs, *(p + width // 2 for p in pairs)],
+                neighbours=lambda pairs, width: [2 * p + i for p in pairs for i in (0, 1)])
 LAYOUTS = {**PAIRINGS, 'once': lambda pairs, width: [*pairs]}
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def test_the_full_subnet_is_the_teacher(family):
 def test_a_count_is_the_truth(family):
     net, rng = tiny(family), random.Random(0)
     for _ in range(8):
-        sub = random_subnet(net, rng)
-        for sub in sub, inside(net, rng, sub):
+        outer = random_subnet(net, rng)
+        for sub in outer, inside(net, rng, outer):
             assert net.count(sub)==sum(p.numel() for p in net.extract(sub).parameters())==sum(p.numel() for p in net.init(sub).parameters())
 
 @every
