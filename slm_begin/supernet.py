@@ -319,6 +319,7 @@ def probe_config(config) -> tuple: # (config, sizes)
     cfg = resized(config, [0, min(1, config_sizes(config)['layers'] - 1)])
     for k in 'pad_token_id', 'bos_token_id', 'eos_token_id':
         if getattr(cfg, k, None) is not None: setattr(cfg, k, 0)
+    cfg.architectures = cfg.dtype = None                                # a saved config says them, a fresh one does not
     if hasattr(cfg, 'rope_parameters'): cfg.rope_parameters = _plain_rope(cfg.rope_parameters)
     grouped = getattr(cfg, config_name(cfg, 'heads') or '', None)
     sizes = dict(PROBE) if grouped else {**PROBE, 'heads': PROBE['queries']}
