@@ -73,6 +73,7 @@ def measure(
     say=None,  # Called with a line of progress after each batch
 ) -> Importance:
     "Scores of all parts of the teacher, from one forward pass over `windows`."
+    if not supernet.full.uniform: raise ValueError(f"{supernet} has layers of different sizes; importance is measured where they have one size")
     start, squares, turns, s = time.perf_counter(), {}, {}, supernet.sizes
     with _hooks(_watch(supernet, squares, turns)):
         for i, rows in enumerate(windows.split(batch)):

@@ -51,6 +51,7 @@ class SearchSpace:
         round_to: dict | None = None,  # Multiples for `embd` and `ffn`
     ):
         if granularity not in GRANULARITIES: raise ValueError(f"`granularity` is {granularity!r}; choose one of {', '.join(GRANULARITIES)}")
+        if not supernet.full.uniform: raise ValueError(f"{supernet} has layers of different sizes; it can be cut, but a search space needs layers of one size")
         self.supernet, self.granularity = supernet, granularity
         self.fine, self.uniform = granularity.startswith('fine'), granularity.endswith('uniform')
         self.orders = orders_ or orders('identity', supernet)

@@ -1,18 +1,23 @@
 "supernet and importance: the laws on random architectures and sub-networks, what saving and loading keep, and that the teacher is never touched."
 import hashlib
 import json
+import math
 import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel  # MATH is the only CPU kernel that the counter knows
 from torch.utils.flop_counter import FlopCounterMode
 
 from slm_begin.importance import KINDS, Importance, measure, orders
-from slm_begin.supernet import Subnet, Supernet, load_model, mean_loss, save_student
+from slm_begin.supernet import AXES, Subnet, SubnetError, Supernet, load_model, mean_loss, save_student
 
 # Every switch of the family: biases, parallel residual, tied embeddings, odd sizes, one of everything, all or a part of the head rotating
 architectures = dict(
@@ -296,12 +301,11 @@ def test_bfloat16_is_written_and_the_student_stays_as_it_is(tmp_path, shape):
 
 def test_a_trained_student_is_saved_with_its_tokenizer(tmp_path, tok):
     net = Supernet(tiny_model(vocab_size=len(tok)), tokenizer=tok)
-    save_student(net.extract(net.subnet(2, 16, (2, 1), 8)), tmp_path, tok)
-    again = Supernet.from_pretrained  # a student with a shape of its own is no super-network yet, and says so
-    with pytest.raises(ValueError, match='is itself a sub-network'): again(str(tmp_path))
-    save_student(net.extract(net.subnet(2, 16, 2, 8)), tmp_path/'plain', tok)
-    net2 = again(str(tmp_path/'plain'))
-    assert net2.tokenizer.eos_token_id==tok.eos_token_id and net2.sizes==dict(layers=2, embd=16, heads=2, ffn=8, vocab=len(tok))
+    for heads in 2, (2, 1):
+        save_student(net.extract(net.subnet(2, 16, heads, 8)), tmp_path/str(heads), tok)
+        again = Supernet.from_pretrained(str(tmp_path/str(heads)))
+        assert again.tokenizer.eos_token_id==tok.eos_token_id and again.sizes==dict(layers=2, embd=16, heads=2, ffn=8, vocab=len(tok))
+        assert again.full.sizes['heads']==[2, 2 if heads==2 else 1]
 
 
 def test_a_model_that_is_nowhere(monkeypatch):
@@ -337,11 +341,177 @@ def test_subnets_survive_json_and_are_told_apart():
 
 
 @pytest.mark.parametrize('kw,message', [
-    (dict(layers=0), '`layers`: cannot keep 0'), (dict(layers=[]), '`layers`'), (dict(layers=[0, 0]), '`layers`'), (dict(layers=[3]), 'indices from 0 to 2'),
-    (dict(embd=-1), '`embd`: cannot keep -1'), (dict(embd=[5, 5]), '`embd`'), (dict(heads=5), '`heads`: cannot keep 5; the teacher has 4'),
-    (dict(heads=[-1]), '`heads`'), (dict(ffn=(1, 2)), '`ffn` is given for 2 layers, but 3 are kept'), (dict(ffn=[[1], [2], []]), '`ffn`')])
+    (dict(layers=0), '`layers`: cannot keep 0; the teacher has 3, so give a number from 1 to 3 or different indices from 0 to 2'),
+    (dict(layers=[]), '`layers`: cannot keep \\[\\] .that is nothing.'), (dict(layers=[0, 0]), '`layers`: .* there twice'),
+    (dict(layers=[3]), '3 is not there.*indices from 0 to 2'), (dict(layers=[2, 0]), '`layers` must be ascending, got .2, 0.: sort them'),
+    (dict(embd=-1), '`embd`: cannot keep -1'), (dict(embd=[5, 5]), '`embd`'), (dict(embd=[3, -2]), '-2 is negative'), (dict(embd=2.), 'a float is no list'),
+    (dict(embd=[1, 2.5]), '2.5 is no whole number'), (dict(embd='12'), 'a str is no list'), (dict(embd=True), 'a bool is no list'),
+    (dict(embd=[False, True]), 'False is no whole number'), (dict(embd=torch.arange(4)), 'a Tensor is no list'), (dict(embd={1, 2}), 'a set is no list'),
+    (dict(heads=5), '`heads` of layer 0: cannot keep 5; the teacher has 4'), (dict(heads=[-1]), '`heads` of layer 0'),
+    (dict(layers=[0, 2], heads=(1, 7)), '`heads` of layer 2: cannot keep 7'), (dict(ffn=(1, 2)), '`ffn` is given for 2 layers, but 3 are kept'),
+    (dict(ffn=[[1], [2], []]), '`ffn` of layer 2'), (dict(depth=2), 'no axis `depth`; choose of layers, embd, heads, ffn')])
 def test_impossible_subnets(kw, message):
-    with pytest.raises(ValueError, match=message): supernet('plain').subnet(**kw)
+    with pytest.raises(SubnetError, match=message): supernet('plain').subnet(**kw)
+
+
+def test_numpy_numbers_are_numbers():
+    net = supernet('plain')
+    assert net.subnet(np.int64(2), np.arange(0, 32, 2), [np.int32(1), np.uint8(3)], (np.int16(5), np.array([7, 2])))==net.subnet(2, range(0, 32, 2), [1, 3], (5, [7, 2]))
+    assert {type(i) for i in net.subnet(embd=np.arange(3)).embd}=={int}
+
+
+# Any description at all: a right model or a SubnetError
+
+def rotated(x, n, theta=10000.):
+    "The first `n` of the last dimension turned by their position, as rotary embeddings do; (B, T, D)."
+    angle = torch.arange(x.shape[1])[:, None] / theta**(torch.arange(0, n, 2) / n)
+    a, b, rest = x[..., :n//2], x[..., n//2:n], x[..., n:]
+    return torch.cat([a*angle.cos() - b*angle.sin(), b*angle.cos() + a*angle.sin(), rest], -1)
+
+def attended(q, k, v):
+    "Causal attention of one head; (B, T, D)."
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf).softmax(-1) @ v
+
+@torch.no_grad()
+def neox(model, sub, ids):
+    "A GPT-NeoX written out head by head and neuron by neuron, with only what `sub` keeps."
+    w, cfg, E = dict(model.named_parameters()), model.config, list(sub.embd)
+    d = cfg.hidden_size // cfg.num_attention_heads
+    turns = int(d * cfg.rope_parameters['partial_rotary_factor'])
+    norm = lambda x, at: F.layer_norm(x, [len(E)], w[f'{at}.weight'][E], w[f'{at}.bias'][E], cfg.layer_norm_eps)
+    x = w['gpt_neox.embed_in.weight'][ids][..., E]
+    for l, heads, neurons in zip(sub.layers, sub.heads, sub.ffn):
+        at = f'gpt_neox.layers.{l}'
+        h, attention = norm(x, f'{at}.input_layernorm'), w[f'{at}.attention.dense.bias'][E]
+        for head in heads:
+            rows = [slice((3*head + j) * d, (3*head + j + 1) * d) for j in range(3)]
+            q, k, v = (h @ w[f'{at}.attention.query_key_value.weight'][r][:, E].T + w[f'{at}.attention.query_key_value.bias'][r] for r in rows)
+            attention = attention + attended(rotated(q, turns), rotated(k, turns), v) @ w[f'{at}.attention.dense.weight'][E][:, head*d:(head+1)*d].T
+        h, mlp = norm(x, f'{at}.post_attention_layernorm'), w[f'{at}.mlp.dense_4h_to_h.bias'][E]
+        for n in neurons:
+            read = h @ w[f'{at}.mlp.dense_h_to_4h.weight'][n, E] + w[f'{at}.mlp.dense_h_to_4h.bias'][n]
+            mlp = mlp + F.gelu(read)[..., None] * w[f'{at}.mlp.dense_4h_to_h.weight'][E, n]
+        x = x + attention + mlp
+    return norm(x, 'gpt_neox.final_layer_norm') @ w['lm_head.weight'][:, E].T
+
+@torch.no_grad()
+def llama(model, sub, ids):
+    "The same for Llama with grouped queries."
+    w, cfg, E, d = dict(model.named_parameters()), model.config, list(sub.embd), model.config.head_dim
+    group = cfg.num_attention_heads // cfg.num_key_value_heads
+    norm = lambda x, at: x * (x.pow(2).mean(-1, keepdim=True) + cfg.rms_norm_eps).rsqrt() * w[f'{at}.weight'][E]
+    part = lambda h, at, i: h @ w[f'{at}.weight'][i*d:(i+1)*d, E].T
+    x = w['model.embed_tokens.weight'][ids][..., E]
+    for l, heads, neurons in zip(sub.layers, sub.heads, sub.ffn):
+        at = f'model.layers.{l}'
+        h = norm(x, f'{at}.input_layernorm')
+        for head in heads:
+            k, v = rotated(part(h, f'{at}.self_attn.k_proj', head), d), part(h, f'{at}.self_attn.v_proj', head)
+            for i in range(head*group, (head+1)*group):
+                x = x + attended(rotated(part(h, f'{at}.self_attn.q_proj', i), d), k, v) @ w[f'{at}.self_attn.o_proj.weight'][E][:, i*d:(i+1)*d].T
+        h = norm(x, f'{at}.post_attention_layernorm')
+        for n in neurons:
+            read = F.silu(h @ w[f'{at}.mlp.gate_proj.weight'][n, E]) * (h @ w[f'{at}.mlp.up_proj.weight'][n, E])
+            x = x + read[..., None] * w[f'{at}.mlp.down_proj.weight'][E, n]
+    return norm(x, 'model.norm') @ w['lm_head.weight'][:, E].T
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, head_dim=4, intermediate_size=7, vocab_size=31)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    for p in model.parameters(): p.data += .2 * torch.randn_like(p)
+    return Supernet(model)
+
+small = dict(hidden_size=12, num_hidden_layers=3, num_attention_heads=3, intermediate_size=7, vocab_size=31)
+by_hand = [(Supernet(tiny_model(**small, rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.5))), neox), (tiny_llama(), llama)]
+whatever = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+def is_right(net, naive, sub):
+    model, ids = net.extract(sub).eval(), ids_for(net, (2, 6))
+    assert net.count(sub)==model.num_parameters()==net.init(sub).num_parameters()
+    with torch.no_grad(): torch.testing.assert_close(model(ids).logits, naive(net.model, sub, ids), rtol=1e-3, atol=1e-3)
+
+def kept(size, v):
+    "The indices that `v` should keep of an axis, worked out anew; None if it should be refused."
+    if v is None: return list(range(size))
+    if isinstance(v, (bool, np.bool_)): return None
+    if isinstance(v, (int, np.integer)): return list(range(v)) if 0 < v <= size else None
+    if not isinstance(v, (list, tuple, range, np.ndarray)) or np.ndim(v)==0: return None
+    v = list(v)
+    if not v or any(isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)) for i in v): return None
+    return [int(i) for i in v] if min(v) >= 0 and max(v) < size and len(set(v))==len(v) else None
+
+odd = st.sampled_from([None, 1., '1', 'all', b'1', True, False, {}, {1, 2}, object, torch.tensor(1), torch.arange(2), np.float64(1), np.array(1), np.array([.5]),
+                       np.array([[0, 1]]), [1.], ['0'], [True], [None], [[0]], (0,), range(2), range(0), range(3, 0, -1), math.nan, [math.inf], 10**30, [10**30]])
+
+def choices(size, rare=odd):
+    "What may be given for an axis of this size: mostly good, or nearly."
+    good = st.permutations(range(size)).flatmap(lambda ids: st.integers(1, size).map(lambda n: ids[:n]))
+    return st.integers(0, 11).flatmap(lambda i: rare if i==0 else st.integers(-1, size + 1) if i==1 else st.lists(st.integers(-1, size), max_size=3) if i==2
+                                      else st.integers(1, size) if i < 5 else good.map(np.array) if i < 7 else good)
+
+@pytest.mark.parametrize('net, naive', by_hand)
+@given(data=st.data())
+@whatever
+def test_whatever_is_asked_for_is_a_right_model_or_refused(net, naive, data):
+    s = net.sizes
+    spec = {axis: data.draw(choices(s[axis])) for axis in ('layers', 'embd') if data.draw(st.booleans())}
+    want = {axis: kept(s[axis], spec.get(axis)) for axis in ('layers', 'embd')}
+    n = len(want['layers']) if want['layers'] else 2
+    for axis in 'heads', 'ffn':
+        some = choices(s[axis])
+        each = data.draw(st.one_of(some, st.tuples(*[some] * n), st.lists(some.filter(lambda v: isinstance(v, list)), min_size=n, max_size=n)))
+        spec[axis] = each
+        alike = not isinstance(each, tuple) and not (isinstance(each, list) and each and (each[0] is None or isinstance(each[0], list)))
+        want[axis] = [kept(s[axis], v) for v in ([each] * n if alike else each)]
+        if len(want[axis])!=n or None in want[axis]: want[axis] = None
+    if None in want.values() or want['layers']!=sorted(want['layers']):
+        with pytest.raises(SubnetError): net.subnet(**spec)
+    else:
+        sub = net.subnet(**spec)
+        assert {axis: [*map(list, v)] if axis in ('heads', 'ffn') else list(v) for axis in AXES for v in [getattr(sub, axis)]}==want
+        is_right(net, naive, sub)
+
+
+def ids_up_to(n): return st.integers(0, 14).flatmap(lambda i: odd if i==0 else st.lists(st.integers(0, n - (i > 2)), unique=True, min_size=1).map(tuple))
+
+@pytest.mark.parametrize('net, naive', by_hand)
+@given(data=st.data())
+@whatever
+def test_a_description_written_by_hand_fits_everywhere_or_nowhere(net, naive, data):
+    s = net.sizes
+    layers, embd = data.draw(ids_up_to(s['layers']).map(lambda v: tuple(sorted(v)) if isinstance(v, tuple) else v)), data.draw(ids_up_to(s['embd']))
+    n = len(layers) if isinstance(layers, tuple) else 1
+    each = data.draw(st.lists(st.tuples(ids_up_to(s['heads']), ids_up_to(s['ffn'])), min_size=n, max_size=n + data.draw(st.sampled_from([0, 0, 0, 1]))))
+    try: sub = Subnet(layers, embd, tuple(h for h, _ in each), tuple(f for _, f in each))
+    except SubnetError: return
+    if max(sub.layers) < s['layers'] and max(sub.embd) < s['embd'] and all(max(h) < s['heads'] and max(f) < s['ffn'] for h, f in zip(sub.heads, sub.ffn)):
+        is_right(net, naive, sub)
+        assert net.expressible(sub) in (True, False) and net.flops(sub, 8) > 0
+    else:
+        for use in net.count, net.extract, net.init, net.expressible, net.student_config, lambda o: net.flops(o, 8):
+            with pytest.raises(SubnetError, match='the teacher has'): use(sub)
+
+def test_only_subnets_are_cut_out():
+    net = supernet('plain')
+    for wrong in None, {}, net.full.to_json(), 3:
+        for use in net.count, net.extract, net.init:
+            with pytest.raises(SubnetError, match='is no sub-network; give a `Subnet`'): use(wrong)
+
+
+runs = st.text('0123456789-, x', max_size=6)
+
+@given(d=st.one_of(st.fixed_dictionaries(dict(layers=runs, embd=runs, heads=st.lists(runs, max_size=2), ffn=st.lists(runs, max_size=2))), st.sampled_from(
+    [None, [], 'x', 3, {}, dict(layers='0'), dict(layers='0', embd=1, heads=['0'], ffn=['0']), dict(layers='0', embd='0', heads='0', ffn=['0'], size='1'),
+     dict(layers='0', embd='0', heads=None, ffn=['0']), dict(layers='0', embd='0-5-9', heads=['0'], ffn=['0']), dict(layers='0', embd='3-1', heads=['0'], ffn=['0'])])))
+@settings(whatever, max_examples=400)
+def test_json_of_any_kind_is_read_as_it_stands_or_refused(d):
+    d = json.loads(json.dumps(d))
+    try: sub = Subnet.from_json(d)
+    except SubnetError as e: assert 'to_json' in str(e) or 'cannot keep' in str(e) or 'kept' in str(e) or 'ascending' in str(e)
+    else: assert Subnet.from_json(sub.to_json())==sub and [*sub.embd]==[i for run in d['embd'].split(',') for i in range(int(run.split('-')[0]), int(run.split('-')[-1]) + 1)]
 
 
 def test_a_loss_is_a_mean_over_tokens():
