@@ -393,9 +393,9 @@ def _keep(self: Supernet, axis, v) -> tuple[int, ...]:
 # %% ../nbs/01_supernet.ipynb #c090
 @patch
 def _make_terms(self: Supernet) -> dict:
-    "Coefficients of the count: for 'parameters', those of 'embeddings' and 'matrices', per (where, per-layer axis) a pair (constant, factor of embd)."
-    terms, seen = {k: {} for k in ('parameters', 'embeddings', 'matrices')}, set()
-    matrices, tables = ({f'{name}.weight' for name, m in self.model.named_modules() if kind(m)} for kind in (is_matrix, lambda m: isinstance(m, nn.Embedding)))
+    "Coefficients of the count: for 'parameters' and 'matrices', per (where, per-layer axis) a pair (constant, factor of embd)."
+    terms, seen = {k: {} for k in ('parameters', 'matrices')}, set()
+    matrices = {f'{name}.weight' for name, m in self.model.named_modules() if is_matrix(m)}
     for name, p in self.model.named_parameters(remove_duplicate=False):
         dims, layer = self.axes_of(name)
         if layer not in (None, 0): continue
@@ -403,16 +403,15 @@ def _make_terms(self: Supernet) -> dict:
         const = prod(n // self.sizes[a] if a in AXES else n for n, a in zip(p.shape, axes, strict=True))
         own = [a for a in axes if a in ('heads', 'ffn')]
         where = 'global' if layer is None else own[0] if own else 'layer'
-        new, table = id(p) not in seen, name in tables or 'vocab' in axes   # positions have tables too; the output projection is one over the vocabulary
-        for kind in ['parameters'] * new + ['embeddings'] * (new and table) + ['matrices'] * (name in matrices):
+        for kind in ['parameters'] * (id(p) not in seen) + ['matrices'] * (name in matrices):
             t = terms[kind].setdefault(where, [0, 0])
             t['embd' in axes] += const
         seen.add(id(p))                                                 # shared weights are counted once
     return terms
 
 @patch
-def _sum(self: Supernet, t, layers, embd, heads, ffn):
-    none = 0, 0
+def _sum(self: Supernet, kind, layers, embd, heads, ffn):
+    t, none = self._terms[kind], (0, 0)
     at = lambda where: t.get(where, none)[0] + t.get(where, none)[1] * embd
     return at('global') + layers * at('layer') + at('heads') * heads + at('ffn') * ffn
 
@@ -424,7 +423,7 @@ def count_sizes(self: Supernet,
     ffn: int,  # Over all layers together
 ) -> int:
     "Parameters of any sub-network with these sizes."
-    return self._sum(self._terms['parameters'], layers, embd, heads, ffn)
+    return self._sum('parameters', layers, embd, heads, ffn)
 
 @patch
 def _totals(self: Supernet, sub): return len(sub.layers), len(sub.embd), sum(map(len, sub.heads)), sum(map(len, sub.ffn))
@@ -440,32 +439,43 @@ def flops(self: Supernet,
     seq_len: int,  # Length of the windows; attention is counted over all of it, as `torch.utils.flop_counter` does
 ) -> int: # FLOPs a token, a multiply-add being two
     "Cost of a forward pass. Training costs three times that (backward: twice the forward)."
-    return self.cost(sub, 'flops', seq_len)
+    return 2 * self._sum('matrices', *self._totals(sub)) + 4 * seq_len * self.head_size * self.units['queries'] * sum(map(len, sub.heads))
 
 # %% ../nbs/01_supernet.ipynb #c711
 MEASURES = 'parameters', 'non_embedding', 'flops', 'kv_bytes', 'memory'
 
 @patch
-def terms(self: Supernet,
-    measure: str = 'parameters',  # Also non_embedding (without embeddings and output projection), flops and kv_bytes (a token), memory (bytes of the weights)
+def cost_sizes(self: Supernet,
+    measure: str,  # parameters, non_embedding (without embeddings and output projection), flops or kv_bytes (a token), memory (bytes of the weights)
+    layers: int,  # How many
+    embd: int,
+    heads: int,  # Over all layers together
+    ffn: int,  # Over all layers together
     seq_len: int | None = None,  # Length of the windows, which `flops` depend on
     dtype: torch.dtype = torch.bfloat16,  # Of the cache for `kv_bytes`, of the weights for `memory`
-) -> dict: # A pair (constant, factor of embd) for each of: global, layer, heads (one head in one layer), ffn (one neuron in one layer)
-    "The coefficients of a measure. Raises `ValueError` on an unknown one, and on `flops` without `seq_len`."
+) -> int: # Sizes may be arrays of integers too
+    "A measure of any sub-network with these sizes. Raises `ValueError` on an unknown one, and on `flops` without `seq_len`."
     if measure not in MEASURES: raise ValueError(f"`measure` is {measure!r}; choose one of {', '.join(MEASURES)}")
     if measure == 'flops' and not (seq_len and seq_len > 0): raise ValueError(f"`seq_len` is {seq_len}; `flops` need the length of the windows, at least 1")
-    def of(kind, times=1): return {where: tuple(times * c for c in self._terms[kind].get(where, (0, 0))) for where in ('global', 'layer', 'heads', 'ffn')}
-    if measure == 'kv_bytes': return of('matrices', 0) | dict(heads=(2 * self.head_size * dtype.itemsize, 0))
-    if measure == 'memory': return of('parameters', dtype.itemsize)
-    if measure == 'non_embedding': return {where: tuple(a - b for a, b in zip(pair, of('embeddings')[where])) for where, pair in of('parameters').items()}
-    if measure == 'parameters': return of('parameters')
-    t, attention = of('matrices', 2), 4 * seq_len * self.head_size * self.units['queries']
-    return t | dict(heads=(t['heads'][0] + attention, t['heads'][1]))
+    if measure == 'kv_bytes': return 2 * self.head_size * heads * dtype.itemsize
+    if measure == 'flops': return 2 * self._sum('matrices', layers, embd, heads, ffn) + 4 * seq_len * self.head_size * self.units['queries'] * heads
+    n = self.count_sizes(layers, embd, heads, ffn)
+    return n * dtype.itemsize if measure == 'memory' else n - self._tables(embd) if measure == 'non_embedding' else n
 
 @patch
 def cost(self: Supernet, sub: Subnet, measure: str = 'parameters', seq_len: int | None = None, dtype: torch.dtype = torch.bfloat16) -> int:
-    "A measure of a sub-network; for what there is, and what `seq_len` and `dtype` are for, see `terms`."
-    return self._sum(self.terms(measure, seq_len, dtype), *self._totals(sub))
+    "A measure of a sub-network: see `cost_sizes`."
+    return self.cost_sizes(measure, *self._totals(sub), seq_len=seq_len, dtype=dtype)
+
+@patch
+def _tables(self: Supernet, embd):
+    "Parameters of embeddings, of tokens or positions, and of the output projection; shared ones once."
+    if not hasattr(self, '_table_sizes'):
+        named, self._table_sizes = {f'{name}.weight' for name, m in self.model.named_modules() if isinstance(m, nn.Embedding)}, [0, 0]
+        for name, p in self.model.named_parameters():
+            axes = [axis_in(dim) for dim in self.axes_of(name)[0]]
+            if name in named or 'vocab' in axes: self._table_sizes['embd' in axes] += p.numel() // (self.sizes['embd'] if 'embd' in axes else 1)
+    return self._table_sizes[0] + self._table_sizes[1] * embd
 
 
 # %% ../nbs/01_supernet.ipynb #c092

@@ -32,8 +32,8 @@ def moves(space, bin, rng, n=60):
 
 def extremes(space):
     "Fewest and most parameters of a space."
-    count, s = space.supernet.count_sizes, space
-    return count(1, s.embds[0], 1, s.step), count(s.n_layers, s.embds[-1], s.n_layers * s.n_heads, s.n_layers * s.max_ffn * s.step)
+    def count(at): return space.supernet.count_sizes(n := space.ranges['layers'][at], space.ranges['embd'][at], n * space.ranges['heads'][at], n * space.ranges['ffn'][at])
+    return count(0), count(-1)
 
 
 @every
@@ -156,8 +156,8 @@ def test_a_width_is_the_first_entries_of_its_order(net):
 
 @pytest.mark.parametrize('make,message', [
     (lambda net: SearchSpace(net, 'fine'), "`granularity` is 'fine'; choose one of coarse-uniform"),
-    (lambda net: SearchSpace(net, round_to=dict(embd=64)), 'embd=64; give multiples for embd and ffn from 1'),
-    (lambda net: SearchSpace(net, round_to=dict(ffn=0)), 'ffn=0'), (lambda net: SearchSpace(net, round_to=dict(heads=2)), 'heads=2'),
+    (lambda net: SearchSpace(net, round_to=dict(embd=64)), 'embd=64; give multiples from 1 to the teacher.s size .32.'),
+    (lambda net: SearchSpace(net, round_to=dict(ffn=0)), 'ffn=0'), (lambda net: SearchSpace(net, round_to=dict(width=2)), '`round_to` has width; the axes are layers, embd, heads, ffn'),
     (lambda net: ParamBin(0, 5), '0 < low <= high'), (lambda net: ParamBin(7, 5), 'low=7, high=5'),
     (lambda net: ParamBin.around(100, 0), '`fraction` is 0'), (lambda net: ParamBin.around(100, .5, 1), '`tolerance` is 1'),
     (lambda net: ParamBin.around(100, .5, -.1), '`tolerance` is -0.1')])
