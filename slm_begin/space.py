@@ -29,7 +29,8 @@ class Bin:
     dtype: torch.dtype = torch.bfloat16  # For `kv_bytes` and `memory`
 
     def __post_init__(self):
-        if not 0 < self.low <= self.high < inf: raise ValueError(f"a bin must have 0 < low <= high, got low={self.low:,}, high={self.high:,}")
+        if not 0 < self.low <= self.high < inf or ceil(self.low) > floor(self.high):
+            raise ValueError(f"a bin must have 0 < low <= high, with a whole number in it, got low={self.low:,}, high={self.high:,}")
         if self.measure not in MEASURES: raise ValueError(f"`measure` is {self.measure!r}; choose one of {', '.join(MEASURES)}")
         if self.measure == 'flops' and not self.seq_len: raise ValueError("`flops` need `seq_len`, the length of the windows")
         object.__setattr__(self, 'low', ceil(self.low)), object.__setattr__(self, 'high', floor(self.high))
@@ -44,7 +45,7 @@ class Bin:
         "A bin about a part of the teacher."
         if not 0 < fraction <= 1: raise ValueError(f"`fraction` is {fraction}; it must lie between 0 and 1: the student's part of the teacher's parameters")
         if not 0 <= tolerance < 1: raise ValueError(f"`tolerance` is {tolerance}; it must be at least 0 and below 1")
-        return cls(ceil(full * fraction * (1 - tolerance)), floor(full * fraction * (1 + tolerance)), **measure)
+        return cls(full * fraction * (1 - tolerance), full * fraction * (1 + tolerance), **measure)
 
     @classmethod
     def at_most(cls, high: int, measure: str = 'parameters', **more):
@@ -74,7 +75,7 @@ class ParamBin(Bin):
 GRANULARITIES = 'coarse-uniform', 'coarse-layerwise', 'fine-uniform', 'fine-layerwise'
 
 class SearchSpace:
-    "The sub-networks of a teacher with sizes in steps. Raises `ValueError` on an unknown granularity, impossible sizes, and budgets that contradict each other."
+    "The sub-networks of a teacher with sizes in steps. Raises `ValueError` on an unknown granularity, impossible sizes and contradictory budgets."
     def __init__(self,
         supernet: Supernet,
         granularity: str = 'coarse-layerwise',  # coarse (the first n of an order) or fine (any n), -uniform or -layerwise (PAPER.md section 2)
@@ -89,9 +90,9 @@ class SearchSpace:
         self.supernet, self.granularity, self.native_only, self.max_aspect, self.budgets = supernet, granularity, native_only, max_aspect, tuple(budgets)
         self.fine, self.uniform = granularity.startswith('fine'), granularity.endswith('uniform') or native_only
         self.orders = orders_ or orders('identity', supernet)
-        self.ranges = self._ranges({**dict(layers=1, embd=16, heads=1, ffn=32), **(round_to or {})}, at_least or {})
+        self.ranges = self._ranges({**dict(embd=16, heads=1, ffn=32), **(round_to or {})}, at_least or {})
         e, n = self.ranges['embd'][0], self.ranges['layers'][-1]
-        if max_aspect is not None and max_aspect * n < e: raise ValueError(f"`max_aspect` is {max_aspect}, but a width of {e} over {n} layers is {e / n:.4g} already")
+        if max_aspect is not None and max_aspect * n < e: raise ValueError(f"`max_aspect` is {max_aspect}; it must be at least {e / n:.4g} ({e} / {n})")
         self._first, self._shapes = {}, {}
         self._ids = np.arange(max(supernet.sizes[axis] for axis in AXES)).astype(object)    # every tuple shares these integers
         self._rank = {axis: np.argsort(getattr(self.orders, axis), -1) for axis in ('embd', 'heads', 'ffn')}        # an entry's place in its order
@@ -101,13 +102,13 @@ class SearchSpace:
     def _ranges(self, steps, least) -> dict[str, range]:
         "The sizes of each axis."
         out, sizes = {}, self.supernet.sizes
-        for what, given in (('round_to', steps), ('at_least', least)):
-            if unknown := set(given) - set(AXES): raise ValueError(f"`{what}` has {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
+        for what, given, axes in (('round_to', steps, ('embd', 'heads', 'ffn')), ('at_least', least, AXES)):
+            if unknown := set(given) - {*axes}: raise ValueError(f"`{what}` has {', '.join(sorted(unknown))}; give {', '.join(axes)}")
         for axis in AXES:
-            step, most = steps[axis], sizes[axis]
+            step, most = steps.get(axis, 1), sizes[axis]
             if not 1 <= step <= most: raise ValueError(f"`round_to` has {axis}={step}; give multiples from 1 to the teacher's size ({most})")
             if not least.get(axis, 1) <= most // step * step:
-                raise ValueError(f"`at_least` has {axis}={least[axis]}; the largest size of the space is {most // step * step} (the teacher's {most}, in steps of {step})")
+                raise ValueError(f"`at_least` has {axis}={least[axis]}; give at most {most // step * step} (the teacher's {most}, in steps of {step})")
             out[axis] = range(step * max(1, ceil(least.get(axis, 1) / step)), most + 1, step)
         return out
 
@@ -165,9 +166,9 @@ def draw(self: SearchSpace,
     size = self.supernet.sizes[axis]
     late = noise.random(size, np.float32)
     if self.orders.kind != 'identity': late = self._rank_of(axis, layer) / np.float32(size) + .25 * noise.standard_normal(size, np.float32)
-    for p in parents:                                                   # a vote counts more than any place in the order
-        if layer is None: late[list(p.embd)] -= 8
-        elif layer in p.layers: late[list(getattr(p, axis)[p.layers.index(layer)])] -= 8
+    for p in parents:
+        if layer is None: late[np.array(p.embd)] -= 8                       # a vote counts more than any place in the order
+        elif layer in p.layers: late[np.array(getattr(p, axis)[p.layers.index(layer)])] -= 8
     keep = np.zeros(size, bool)
     keep[np.argpartition(late, n - 1)[:n]] = True
     return self._entries(keep)
@@ -257,7 +258,8 @@ def _refuse(self: SearchSpace, bins):
     *others, bin = bins
     self._solve(tuple(others))                                          # is it one of those before? Then it says so
     low, high = self._reach(bin, others)
-    raise ValueError(f"no sub-network of this space has {bin.low:,} to {bin.high:,} {bin.unit}. Reachable {'with its budgets ' * bool(others)}are {low:,} to {high:,}"
+    within = 'within its budgets ' * bool(others)
+    raise ValueError(f"no sub-network of this space has {bin.low:,} to {bin.high:,} {bin.unit}. Reachable {within}are {low:,} to {high:,}"
                      + (", in steps: widen the bin's tolerance or make `round_to` smaller" if low <= bin.high and bin.low <= high else ""))
 
 @patch
@@ -324,7 +326,8 @@ def _mutated(self: SearchSpace, rng, sub, bin):
     heads, ffn = (dict(zip(s['layers'], s[axis], strict=True)) for axis in ('heads', 'ffn'))
     n, embd, out = len(heads), s['embd'], [l for l in range(self.supernet.sizes['layers']) if l not in heads]
     widths = [e for m, e in found if m == n]
-    move = rng.choice(['heads', 'ffn'] + ['swap'] * bool(out) + ['embd'] * bool(widths) + ['add'] * ((n + 1, embd) in fits) + ['drop'] * ((n - 1, embd) in fits))
+    deeper, flatter = (n + 1, embd) in fits, (n - 1, embd) in fits
+    move = rng.choice(['heads', 'ffn'] + ['swap'] * bool(out) + ['embd'] * bool(widths) + ['add'] * deeper + ['drop'] * flatter)
     if move in ('swap', 'add', 'drop'):
         old = rng.choice(s['layers'])
         size = heads[old], ffn[old]
@@ -391,7 +394,7 @@ def crossover(self: SearchSpace,
 # %% ../nbs/03_space.ipynb #c033
 @patch
 def one_shot(self: SearchSpace, bin: Bin) -> Subnet:
-    "The sub-network of the teacher's proportions, first entries of each order; one that the family's own config can say, if there is one. Raises as `shapes` does."
+    "The sub-network of the teacher's proportions, first entries of each order; in the family's own words if it can be. Raises as `shapes` does."
     found = sorted(self._proportioned(bin), key=lambda f: f[0])
     found = next((f for f in found if self.supernet.native(f[2], f[3])), found[0] if found else None)
     if found is None: return self._one_shot_any(bin)
