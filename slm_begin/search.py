@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .data import read_lines
-from .space import ParamBin, SearchSpace
+from .space import Bin, ParamBin, SearchSpace
 from .supernet import Subnet, Supernet, mean_loss
 
 # %% ../nbs/04_search.ipynb #c006
@@ -110,11 +110,12 @@ class _Run:
     def measure(self, sub, generation, origin, parents=()):
         "The candidate, measured now, earlier in this run (then nothing is written), or by the run that is resumed."
         if sub.key in self.seen: return self.seen[sub.key]
-        parameters = self.space.supernet.count(sub)
-        if parameters not in self.bin: raise ValueError(f"{sub} has {parameters:,} parameters, outside of {self.bin}")
+        net = self.space.supernet
+        if (n := self.bin.of(net, sub)) not in self.bin: raise ValueError(f"{sub} has {n:,} {self.bin.unit}, outside of {self.bin}")
+        if sub not in self.space: raise ValueError(f"{sub} is none of the sub-networks of {self.space}")
         old, start = self.old.get(sub.key), time.perf_counter()
         loss = old['loss'] if old else self.fitness(sub)
-        c = self.seen[sub.key] = Candidate(sub, loss, parameters, generation, origin, tuple(parents))
+        c = self.seen[sub.key] = Candidate(sub, loss, net.count(sub), generation, origin, tuple(parents))
         self._write(c, old['seconds'] if old else time.perf_counter() - start)
         if self.stop(): raise KeyboardInterrupt(f"search stopped after {len(self.history)} evaluations; the same search goes on from there")
         return c
@@ -151,7 +152,7 @@ def _identity(space, bin, fitness, **more):
     "What decides a search."
     text = hashlib.sha256(fitness.windows.numpy().tobytes()).hexdigest()[:16]
     net = space.supernet
-    return dict(teacher=net.name, parameters=net.count(net.full), space=repr(space), bin=[bin.low, bin.high], calibration=text, **more)
+    return dict(teacher=net.name, parameters=net.count(net.full), space=repr(space), bin=repr(bin), calibration=text, **more)
 
 def _new(run, make, tries=20):
     "Something that `make` makes and that was not measured yet, if it can be found."
@@ -170,7 +171,7 @@ def _child(space, bin, rng, elites, origin):
 
 def evolve(
     space: SearchSpace,
-    bin: ParamBin,
+    bin: Bin,  # Of parameters or another measure
     fitness: Fitness,  # Or any callable `subnet -> number`, lower is better, with `tokens`, `flops` and `windows`
     cfg: SearchConfig | None = None,
     out: str | Path | None = None,  # Folder for history.jsonl; a search found there is resumed
@@ -195,7 +196,7 @@ def evolve(
 # %% ../nbs/04_search.ipynb #c017
 def random_search(
     space: SearchSpace,
-    bin: ParamBin,
+    bin: Bin,
     fitness: Fitness,
     evaluations: int,  # How many to draw
     seed: int = 0,

@@ -194,10 +194,10 @@ def _slider(name, values):
 @patch
 def _make_controls(self: SubnetExplorer):
     space, button = self.spaces[True], lambda name, tip: ipywidgets.Button(description=name, tooltip=tip, layout=dict(width='auto'))
-    self.values = dict(heads=range(1, space.n_heads + 1), ffn=range(space.step, space.max_ffn * space.step + 1, space.step))
-    self.layers = _slider('layers kept', range(1, space.n_layers + 1))
-    self.kept = [ipywidgets.Checkbox(True, description=f'layer {i}', indent=False, layout=dict(width='84px')) for i in range(space.n_layers)]
-    self.embd = _slider('width (embd)', space.embds)
+    self.values = {axis: space.ranges[axis] for axis in ('heads', 'ffn')}
+    self.layers = _slider('layers kept', space.ranges['layers'])
+    self.kept = [ipywidgets.Checkbox(True, description=f'layer {i}', indent=False, layout=dict(width='84px')) for i in range(self.layers.max)]
+    self.embd = _slider('width (embd)', space.ranges['embd'])
     self.by_layer = ipywidgets.Checkbox(False, description='layer by layer', indent=False, layout=dict(width='370px'))
     self.heads, self.ffn = _slider('heads a layer', self.values['heads']), _slider('feed-forward (ffn)', self.values['ffn'])
     self.heads_of, self.ffn_of = [], []                            # a slider for each layer of the teacher, once ticked
@@ -325,7 +325,7 @@ def show(self: SubnetExplorer,
 ):
     "Set the controls to the sizes of a sub-network. Raises `ValueError` when the sliders cannot say them."
     s = sub.sizes
-    can = dict(layers=(s['layers'], range(self.space.n_layers)), embd=([s['embd']], self.space.embds), **{k: (s[k], v) for k, v in self.values.items()})
+    can = dict(layers=(s['layers'], range(self.layers.max)), embd=([s['embd']], self.space.ranges['embd']), **{k: (s[k], v) for k, v in self.values.items()})
     for axis, (have, values) in can.items():
         if bad := [n for n in have if n not in values]:
             raise ValueError(f"`{axis}` is {bad[0]:,}, but its slider goes from {values[0]:,} to {values[-1]:,} in steps of {values.step}; see `round_to`")

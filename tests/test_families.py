@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slm_begin.distill import CrossEntropy, Distill
-from slm_begin.supernet import NotASupernet, Supernet, axis_in, config_name, entries, infer_axes, load_model, resized, save_student
+from slm_begin.supernet import NotASupernet, Subnet, SubnetError, Supernet, axis_in, config_name, entries, infer_axes, load_model, resized, save_student
 
 # Grouped and single queries, tied and free embeddings, biases or none, extra norms, soft caps, sliding windows, scaled embeddings,
 # fused matrices, learned positions
@@ -66,7 +66,10 @@ def test_a_count_is_the_truth(family):
     for _ in range(8):
         outer = random_subnet(net, rng)
         for sub in outer, inside(net, rng, outer):
-            assert net.count(sub)==sum(p.numel() for p in net.extract(sub).parameters())==sum(p.numel() for p in net.init(sub).parameters())
+            model = net.extract(sub)
+            assert net.count(sub)==sum(p.numel() for p in model.parameters())==sum(p.numel() for p in net.init(sub).parameters())
+            cache = model(input_ids=ids(), use_cache=True).past_key_values
+            assert net.cost(sub, 'kv_bytes', dtype=torch.float32)==4 * sum(l.keys.numel() + l.values.numel() for l in cache.layers) / ids().numel()
 
 @every
 def test_order_does_not_matter(family):
@@ -221,6 +224,31 @@ def test_stretched_positions_stay(rope):
     small = net.extract(net.subnet([0, 2], 20, (1, 2), (20, 12)))
     assert torch.equal(small.model.rotary_emb.inv_freq, net.model.model.rotary_emb.inv_freq)
     assert torch.equal(logits(net.extract(net.full)), logits(net.model))
+
+
+@pytest.mark.parametrize('what, why', [
+    (dict(queries=3), 'each head has 2'), (dict(queries=0), 'each head has 2'), (dict(queries=True), 'is no list'), (dict(queries=[0, 1]), 'each head has 2'),
+    (dict(heads=[1, 0], queries=([0, 2],) * 3), 'in that order'), (dict(heads=[1, 0], queries=([2, 3],) * 3), 'in that order'),
+    (dict(heads=[1, 0], queries=([3, 1],) * 2), '2 layers, but 3 are kept'), (dict(queries=([0, 1, 2],) * 3), 'as many for each'),
+    (dict(head_size=3), 'no whole pairs'), (dict(head_size=0), 'no whole pairs'), (dict(head_size=9), 'no whole pairs'), (dict(head_size=[0, 1]), 'partner'),
+    (dict(head_size=[0, 4, 8]), '8 is not there'), (dict(head_size=[0, 0]), 'twice'), (dict(head_size=[]), 'nothing'), (dict(head_size='4'), 'is no list')])
+def test_what_is_wrong_inside_heads(what, why):
+    with pytest.raises(SubnetError, match=why): tiny('llama').subnet(**what)
+
+def test_subnets_that_do_not_fit_inside_heads():
+    net = tiny('llama')
+    for wrong in dict(queries=((0, 2), (0, 1), (0, 2))), dict(head_size=(0, 1)), dict(head_size=(4, 0)):
+        sub = replace(net.full, **wrong)
+        for f in net.count, net.extract, net.init, net.expressible:
+            with pytest.raises(SubnetError): f(sub)
+    sub = net.subnet(queries=1, head_size=4)
+    assert Subnet.from_json(sub.to_json())==sub and net.subnet(queries=2, head_size=8)==net.full
+
+def test_a_student_cut_inside_its_heads_is_no_teacher():
+    net = tiny('llama')
+    for sub in net.subnet(head_size=4), net.subnet(heads=(1, 2, 2), queries=1):
+        with pytest.raises(SubnetError, match='cannot|not be cut again'): Supernet(net.extract(sub))
+    assert Supernet(net.extract(net.subnet(queries=1))).units['queries']==1         # this one the family can say
 
 
 # What cannot be cut is refused, with the reason

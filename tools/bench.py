@@ -1,5 +1,6 @@
-"""Ratios, measured side by side in one process on this machine: `python tools/bench.py attention` (half a minute)."""
+"""Ratios, measured side by side in one process on this machine: `python tools/bench.py attention` (half a minute) or `sampling` (a minute)."""
 import argparse
+import random
 import statistics
 import time
 
@@ -25,6 +26,43 @@ def attention(repeats=5):
                 with fast_attention(m, cpu): s()
             print(f"{what}, windows of {window}: ours {side_by_side(step, ours, repeats):.2f} x as fast")
 
+def sampling(n=1000, fine=50):
+    "Sub-networks of half of a 7 B Llama (no weights), +-5 %, one core: what each costs, and what rejection costs, which draws nothing but sizes."
+    import numpy as np
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from slm_begin.importance import orders
+    from slm_begin.space import GRANULARITIES, ParamBin, SearchSpace
+    from slm_begin.supernet import Supernet
+    torch.set_num_threads(1)
+    cfg = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)
+    with torch.device('meta'): net = Supernet(AutoModelForCausalLM.from_config(cfg))
+    bin, shuffled = ParamBin.around(net.count(net.full), .5), orders('random', net)
+    for granularity in GRANULARITIES:
+        for order in None, shuffled:
+            space = SearchSpace(net, granularity, order)
+            k = fine if space.fine else n
+            first, *ms = moves_ms(space, bin, k, fine)
+            print(f"{granularity:16} {space.orders.kind:8} order: {n} in {first * n / 1000:.2f} s ({first:.2f} ms each); another {k}: {ms[0]:.2f} ms, "
+                  f"mutated {ms[1]:.2f} ms, crossed {ms[2]:.2f} ms")
+    rng, r, tries, got, start = np.random.default_rng(0), SearchSpace(net).ranges, 0, 0, time.perf_counter()
+    while got < n:
+        depth, embd = rng.choice(r['layers']), rng.choice(r['embd'])
+        got += net.count_sizes(depth, embd, rng.choice(r['heads'], depth).sum(), rng.choice(r['ffn'], depth).sum()) in bin
+        tries += 1
+    print(f'rejection: {n} of {tries:,} draws lie in the bin ({n / tries:.2%}); {time.perf_counter() - start:.1f} s')
+
+def moves_ms(space, bin, k, fine):
+    "Milliseconds a candidate: the first k (with solving the bin), the next k, mutations, crossings."
+    rng, subs = random.Random(0), []
+    for many, move in (k, space.sample), (k, space.sample), (fine, space.mutate), (fine, space.crossover):
+        parents = [() if move == space.sample else (subs[i],) if move == space.mutate else (subs[i], subs[i - 1]) for i in range(many)]
+        start = time.perf_counter()
+        made = [move(rng, *p, bin) for p in parents]
+        yield 1000 * (time.perf_counter() - start) / many
+        assert all(space.supernet.count(s) in bin for s in made)
+        subs = subs or made
+
 def side_by_side(a, b, repeats):
     "The median of how many times faster `b` is than `a`, the two taking turns."
     a(), b()
@@ -37,5 +75,6 @@ def seconds(f):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('what', choices=['attention'])
-    {'attention': attention}[p.parse_args().what]()
+    benchmarks = dict(attention=attention, sampling=sampling)
+    p.add_argument('what', choices=benchmarks)
+    benchmarks[p.parse_args().what]()
