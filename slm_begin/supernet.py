@@ -514,7 +514,7 @@ def check(self: Supernet, sub: Subnet):
         raise SubnetError("`head_size` must list the entries as a smaller head needs them, pairs first: take `head_size` of `supernet.subnet(head_size=...)`")
 
 
-# %% ../nbs/01_supernet.ipynb #c771
+# %% ../nbs/01_supernet.ipynb #c811
 @patch
 def _keep_queries(self: Supernet, v, heads, layer) -> Indices:
     "The query heads of a layer, those of each kept head in turn."
@@ -861,7 +861,7 @@ def _try_narrow(self: Supernet) -> bool:
     if any(b.shape != fresh[name].shape or not torch.allclose(b, fresh[name]) for name, b in own.named_buffers()): return False
     return torch.allclose(own(input_ids=probe.ids).logits, ours(input_ids=probe.ids).logits, rtol=1e-3, atol=1e-3)
 
-# %% ../nbs/01_supernet.ipynb #c773
+# %% ../nbs/01_supernet.ipynb #c813
 PAIRINGS = dict(halves=lambda pairs, width: [*pairs, *(p + width // 2 for p in pairs)],
                 neighbours=lambda pairs, width: [2 * p + i for p in pairs for i in (0, 1)])
 LAYOUTS = {**PAIRINGS, 'once': lambda pairs, width: [*pairs]}
@@ -887,7 +887,7 @@ class Rotary:
     def columns(self, pairs) -> list[int]: return LAYOUTS[self.layout](pairs, self.width)
 
 
-# %% ../nbs/01_supernet.ipynb #c774
+# %% ../nbs/01_supernet.ipynb #c814
 _rotaries = {}                                                          # by table, as `_narrows`
 
 def rotary_width(model) -> int:
@@ -916,7 +916,7 @@ def _try_rotary(self: Supernet) -> Rotary | None:
         if (logits - probe.logits).abs().max() < 1e-3 * probe.logits.std(): return rotary
 
 
-# %% ../nbs/01_supernet.ipynb #c775
+# %% ../nbs/01_supernet.ipynb #c815
 @patch
 def _heads_config(self: Supernet, sub) -> dict:
     "What a config must say of heads with fewer entries."
