@@ -91,7 +91,7 @@ def build(self: SearchSpace,
     "The sub-network with these sizes."
     layers, few = tuple(sorted(layers)), self.first if rng is None or not self.fine else lambda axis, n, l=None: self.draw(rng, axis, n, l, parents)
     return Subnet(layers, few('embd', embd), tuple(few('heads', n, l) for n, l in zip(heads, layers, strict=True)),
-                  tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)))
+                  tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)), self.supernet.sizes)
 
 @patch
 def __contains__(self: SearchSpace, sub: Subnet) -> bool:

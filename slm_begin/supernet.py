@@ -17,7 +17,7 @@ import json
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .data import EMBEDDED, assets, hub_or_cache, no_network_hint
+from .draw import draw_subnet
 
 # %% ../nbs/01_supernet.ipynb #c006
 AXES = 'layers', 'embd', 'heads', 'ffn'
@@ -52,6 +53,7 @@ class Subnet:
     embd: tuple[int, ...]  # Channels of the residual stream, shared by all layers
     heads: tuple[tuple[int, ...], ...]  # For each kept layer
     ffn: tuple[tuple[int, ...], ...]  # For each kept layer
+    of: dict | None = field(default=None, compare=False)  # The teacher's sizes, for the drawing; only who has the teacher knows them
 
     def __post_init__(self):
         if len(self.heads) != len(self.layers) or len(self.ffn) != len(self.layers):
@@ -76,6 +78,8 @@ class Subnet:
     @cached_property
     def key(self) -> str: # 16 hex digits; equal keys mean equal sub-networks
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+    def _repr_html_(self): return draw_subnet(self)
 
     def __repr__(self):
         one = lambda sizes: f'{sizes[0]}' if len(set(sizes)) == 1 else f'{sizes}'
@@ -380,7 +384,7 @@ def subnet(self: Supernet,
         each = isinstance(v, tuple) or isinstance(v, list) and v and not isinstance(v[0], int)
         if each and len(v) != len(layers): raise ValueError(f"`{axis}` is given for {len(v)} layers, but {len(layers)} are kept")
         return tuple(self._keep(axis, o) for o in (v if each else [v] * len(layers)))
-    return Subnet(layers, self._keep('embd', embd), per_layer('heads', heads), per_layer('ffn', ffn))
+    return Subnet(layers, self._keep('embd', embd), per_layer('heads', heads), per_layer('ffn', ffn), self.sizes)
 
 @patch
 def _keep(self: Supernet, axis, v) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ def test_explorer(lab, page, tmp_path):
     for theme in 'Light', 'Dark':
         run(page, 'apputils:change-theme', theme=f'JupyterLab {theme}')
         page.wait_for_function("dark => (document.body.dataset.jpThemeLight == 'false') == dark", arg=theme=='Dark')
-        for what in '.slm-title', '.slm-verdict', '.slm-t td:last-child', '.slm-gauge span':
+        for what in '.slm-title', '.slm-verdict', '.slm-subnet td:last-child', '.slm-gauge span':
             assert contrast(page, f'.jupyter-widgets {what}') > 4.5, (theme, what)
     page.screenshot(path=tmp_path/'dark.png')
 
