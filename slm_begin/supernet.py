@@ -309,7 +309,7 @@ def _name_all(config, sizes) -> AxisTable:
     at = next((n for n, m in probe.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 2), None)
     if at is None: raise NotASupernet("it has no list of layers")
     blank = AxisTable({}, at, any('head_size' in on for dims in follows.values() for _, on in dims))
-    attentions = tuple(f'{n}.' for n, m in probe.model.named_modules() if 'Attention' in type(m).__name__)
+    attentions = tuple(f'{n}.' for n, m in probe.model.named_modules() if 'Attention' in type(m).__name__ and 'Layer' not in type(m).__name__)
     options = {}
     for name, dims in follows.items():
         each = [_options(n, on, sizes, name.startswith(attentions)) for n, on in dims]
@@ -322,7 +322,7 @@ def _name_all(config, sizes) -> AxisTable:
 def _tried(axis, options) -> str:
     "The choices that there were for an axis, in words."
     open = {name: dict.fromkeys(d for c in found for d in c if axis in d.split()) for name, found in options.items()}
-    return ' (' * bool(open) + ', '.join(f"`{name}` as {' or '.join(dims)}" for name, dims in open.items()) + ')' * bool(open)
+    return ' (' * bool(open) + ', '.join(f"`{name}` as {' or '.join(dims)}" for name, dims in [*open.items()][:3]) + ')' * bool(open)
 
 def _settle(options, probe, blank) -> dict:
     """Choose among what shapes leave open: the table under which the entries of each axis can change places without changing the output.
@@ -334,6 +334,7 @@ def _settle(options, probe, blank) -> dict:
         return {n: chosen[blank.starred(n)[0]] for n, _ in probe.model.named_parameters()}
     for axis in 'heads', 'ffn', 'embd':
         if not any(axis in d.split() for found in options.values() for c in found for d in c): raise NotASupernet(f"no parameter follows its `{axis}`{TEACH}")
+    for axis in 'heads', 'ffn', 'embd':
         unsure = [name for name, found in options.items() if name not in biases and len(found) > 1 and any(axis in d.split() for c in found for d in c)]
         for choice in itertools.islice(itertools.product(*(options[name] for name in unsure)), 2000):
             chosen.update(zip(unsure, choice))
