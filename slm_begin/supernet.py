@@ -320,9 +320,10 @@ def _name_all(config, sizes) -> AxisTable:
     return replace(blank, dims=_settle(options, probe, blank))
 
 def _tried(axis, options) -> str:
-    "The choices that there were for an axis, in words."
-    open = {name: dict.fromkeys(d for c in found for d in c if axis in d.split()) for name, found in options.items()}
-    return ' (' * bool(open) + ', '.join(f"`{name}` as {' or '.join(dims)}" for name, dims in [*open.items()][:3]) + ')' * bool(open)
+    "What an axis was taken for where it is more than one entry, in words."
+    dims = {name: list(dict.fromkeys(d for c in found for d in c if axis in d.split())) for name, found in options.items()}
+    some = sorted((name for name, o in dims.items() if o not in ([], [axis])), key=lambda name: -len(dims[name]))[:3]
+    return ' (' * bool(some) + ', '.join(f"`{name}` as {' or '.join(dims[name])}" for name in some) + ')' * bool(some)
 
 def _settle(options, probe, blank) -> dict:
     """Choose among what shapes leave open: the table under which the entries of each axis can change places without changing the output.
@@ -340,7 +341,7 @@ def _settle(options, probe, blank) -> dict:
             chosen.update(zip(unsure, choice))
             if probe.renaming(axis, full()): break
         else: raise NotASupernet(f"its `{axis}` are not alike: they cannot change places without changing the output, as far as was tried"
-                                 + _tried(axis, {name: options[name] for name in unsure}) + TEACH)
+                                 + _tried(axis, {name: found for name, found in options.items() if name not in biases}) + TEACH)
         options.update({name: [chosen[name]] for name in unsure})
     return chosen
 
