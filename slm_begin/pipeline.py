@@ -848,7 +848,7 @@ def arm_data(
     last, thin = curve[-1], steps[::max(1, len(steps) // 200)]
     seconds = dict(importance=account['importance']['seconds'] if uses_importance else 0,
                    search=account['search']['seconds'] if cost['search'] else 0, training=evals[-1]['seconds'])
-    return {**arm, **{k: facts[k] for k in ('sizes', 'parameters', 'flops_per_token', 'lr')}, 'curve': curve,
+    return {**arm, **{k: facts[k] for k in ('sizes', 'subnet', 'parameters', 'flops_per_token', 'lr')}, 'curve': curve,
             'train': [dict(tokens=m['tokens'], loss=m['loss']) for m in thin], 'cost': all_in(last['tokens'], **cost), 'seconds': seconds,
             'final_loss': last['valid_loss'], 'perplexity': perplexity(last['valid_loss']), 'samples': _read_json(here / 'samples.json')}
 
@@ -947,9 +947,10 @@ def html_table(head: list, rows: list[list], css: str = '', caption: str = '') -
     return f'<div class="scroll"><table class="{css}">{top}<tbody>{"".join(cells(r, "td") for r in rows)}</tbody></table></div>'
 
 def html_figure(fig, caption: str = '') -> str:
-    "A matplotlib figure as an image inside the page."
+    "A drawing, or a matplotlib figure as an image, inside the page."
     from slm_begin.plots import figure_png
-    return f'<figure><img src="{figure_png(fig)}" alt="{escape(getattr(fig, "alt", ""))}"><figcaption>{escape(caption)}</figcaption></figure>'
+    drawn = fig if isinstance(fig, str) else f'<img src="{figure_png(fig)}" alt="{escape(getattr(fig, "alt", ""))}">'
+    return f'<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>'
 
 # %% ../nbs/08_pipeline.ipynb #c072
 def _arms_table(data) -> str:
@@ -995,7 +996,7 @@ def sections(data: dict) -> Iterator[tuple[str, str]]: # (title, HTML)
         plots.plot_curves(arms, x='both', teacher_loss=teacher['valid_loss']),
         'The same windows for every arm; the same training tokens in the same order. On the right, each arm begins where importance and search brought it.')
     if search['evolve']: yield 'The search', _search_html(data)
-    yield 'Shapes inside the teacher', html_figure(plots.plot_shapes(_shapes(arms), teacher['sizes']), 'What each start keeps of the teacher.')
+    yield 'Shapes inside the teacher', _shapes_html(data)
     if data['importance']:
         yield 'What matters in the teacher', html_figure(plots.plot_importance(data['importance']), 'Scores from one pass over calibration text.')
     yield 'What it cost', html_figure(plots.plot_costs(arms)) + _costs_table(data) + _total(data)
@@ -1010,9 +1011,15 @@ def _search_html(data) -> str:
     if random: out += html_figure(plots.plot_convergence({'evolution': evolve, 'random search': random}), 'At equal evaluated tokens.')
     return out
 
-def _shapes(arms) -> dict:
+def _shapes_html(data) -> str:
     "Each different start once; of a random start only the shape counts."
-    return {'random (shape only)' if a['start'] == 'random' else a['start']: a['sizes'] for a in arms}
+    from slm_begin.plots import draw_subnets
+    scores, down = data['importance'], lambda s: sorted(range(len(s)), key=lambda i: -s[i])
+    order = scores and dict(embd=down(scores['embd']), heads=[*map(down, scores['heads'])], ffn=[*map(down, scores['ffn'])])
+    kept = lambda a: Subnet.from_json(a['subnet']) if a.get('subnet') and a['start'] != 'random' else a['sizes']
+    subs = {'random (shape only)' if a['start'] == 'random' else a['start']: kept(a) for a in data['arms']}
+    what = 'What each start keeps of the teacher' + ', the most important at the left.' * bool(order)
+    return html_figure(draw_subnets(subs, data['teacher']['sizes'], order), what)
 
 def _total(data) -> str:
     stages = html_table(['stage', 'seconds'], [[k, f'{v:.1f}'] for k, v in data['stage_seconds'].items()])

@@ -151,7 +151,7 @@ def build(self: SearchSpace,
         few = lambda axis, n, l=None: self.draw(noise, axis, n, l, parents)
     layers = tuple(sorted(layers))
     return Subnet(layers, few('embd', embd), tuple(few('heads', n, l) for n, l in zip(heads, layers, strict=True)),
-                  tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)))
+                  tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)), of=self.supernet.sizes)
 
 
 # %% ../nbs/03_space.ipynb #c202

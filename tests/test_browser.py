@@ -161,7 +161,7 @@ def test_explorer(lab, page, tmp_path):
     for theme in 'Light', 'Dark':
         run(page, 'apputils:change-theme', theme=f'JupyterLab {theme}')
         page.wait_for_function("dark => (document.body.dataset.jpThemeLight == 'false') == dark", arg=theme=='Dark')
-        for what in '.slm-title', '.slm-verdict', '.slm-t td:last-child', '.slm-gauge span':
+        for what in '.slm-title', '.slm-verdict', '.slm-subnet td:last-child', '.slm-gauge span':
             assert contrast(page, f'.jupyter-widgets {what}') > 4.5, (theme, what)
     page.screenshot(path=tmp_path/'dark.png')
 
@@ -178,3 +178,27 @@ def test_explorer(lab, page, tmp_path):
     saved.wait_for()
     assert last in saved.inner_text() and page.locator('.widget-slider').count()==0
     page.screenshot(path=tmp_path/'saved.png')
+
+
+def test_a_drawing_in_a_notebook_that_is_not_trusted(lab, page, tmp_path):
+    "As after a download: JupyterLab washes its HTML. The bars are still there, in both themes."
+    from slm_begin.draw import draw_subnet
+    drawn = draw_subnet(dict(layers=[0, 2], embd=[0, 2, 3], heads=[[0, 3], [1]], ffn=[40, 90]), dict(layers=3, embd=4, heads=4, ffn=100), title='<b>a</b>')
+    address, folder = lab
+    cell = dict(output_type='execute_result', execution_count=1, metadata={}, data={'text/html': str(drawn), 'text/plain': repr(drawn)})
+    saved = notebook('drawn')
+    saved['cells'][0]['outputs'] = [cell]
+    (folder/'saved.ipynb').write_text(json.dumps(saved))
+    open_notebook(page, address, 'saved.ipynb')
+    table = page.locator('.slm-subnet')
+    table.wait_for()
+    assert not page.evaluate("() => jupyterapp.shell.currentWidget.content.widgets[0].model.trusted")
+    assert table.inner_text().count('out')==2 and '<b>a</b>' in table.inner_text()
+    for theme in 'Light', 'Dark':
+        run(page, 'apputils:change-theme', theme=f'JupyterLab {theme}')
+        page.wait_for_function("dark => (document.body.dataset.jpThemeLight == 'false') == dark", arg=theme=='Dark')
+        bars = table.evaluate("t => [...t.querySelectorAll('td > div, td[rowspan]')].map(e => getComputedStyle(e).backgroundImage + e.offsetWidth)")
+        assert len(bars)==7 and all('gradient' in o and not o.endswith(')0') for o in bars), bars
+        assert sum('0, 114, 178' in o for o in bars)==sum('213, 94, 0' in o for o in bars)==2
+        assert contrast(page, '.slm-subnet td:last-child') > 4.5, theme
+        table.screenshot(path=tmp_path/f'{theme}.png')

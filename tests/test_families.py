@@ -1,15 +1,24 @@
 "supernet: the laws of DESIGN.md section 4 for every architecture that is inferred, on tiny models with random weights."
+import json
 import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slm_begin import supernet
 from slm_begin.distill import CrossEntropy, Distill
 from slm_begin.supernet import NotASupernet, Subnet, SubnetError, Supernet, axis_in, config_name, entries, infer_axes, load_model, resized, save_student
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root/'tools'))
+import record  # noqa: E402
 
 # Grouped and single queries, tied and free embeddings, biases or none, extra norms, soft caps, sliding windows, scaled embeddings,
 # fused matrices, learned positions
@@ -258,3 +267,36 @@ def test_a_student_cut_inside_its_heads_is_no_teacher():
     ('bloom', 'follows embd in no way that is known'), ('xglm', 'not alike'), ('gemma3', 'more than text')])
 def test_refused(family, why):
     with pytest.raises(NotASupernet, match=why): infer_axes(CONFIG_MAPPING[family]())
+
+
+# The table of all families that the docs show, and how to add one
+
+def test_the_table_in_the_docs_is_what_transformers_gives():
+    "Of another version than the one that was asked: what passed still passes, or is gone."
+    table = json.loads((root/'nbs'/'results'/'families.json').read_text(encoding='utf-8'))
+    same = transformers.__version__==table['transformers']
+    if same: assert table['families'].keys()==MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    for family, said in table['families'].items():
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not same and 'reason' in said: continue
+        if family=='phi4_multimodal': continue                          # it makes a large audio encoder: half a minute
+        got = record.ask(family)
+        assert short(got)==short(said) if same else 'parameters' in got, f'{family}: run `python tools/record.py families`'
+
+def short(said): return {**said, 'reason': said['reason'].partition(':')[0]} if 'reason' in said else said      # behind it are words of torch
+
+def test_a_line_teaches_a_name_and_a_layout(monkeypatch):
+    "And a refusal says what was tried, and where that is explained."
+    config = tiny('gpt_neox').config
+    monkeypatch.setitem(supernet.CONFIG_NAMES, 'ffn', ['no_such_size'])
+    with pytest.raises(NotASupernet, match='no parameter follows its `ffn`.*new_family'): infer_axes(named(config, 1))
+    monkeypatch.undo()
+    monkeypatch.setitem(supernet.LAYOUTS, 'multi-head', ['heads size', '3 heads size'])
+    with pytest.raises(NotASupernet, match='query_key_value.weight` as 3 heads size') as e: infer_axes(named(config, 2))
+    assert str(e.value).endswith(supernet.TEACH)
+    supernet.LAYOUTS['multi-head'].append('heads 3 size')
+    assert infer_axes(named(config, 3)).dims['gpt_neox.layers.*.attention.query_key_value.weight']==('heads 3 size', 'embd')
+
+def named(config, n):
+    "The config of an architecture that was not asked about yet."
+    config.asked = n
+    return config

@@ -53,6 +53,10 @@ def test_links_between_pages():
     assert link('[a](../LICENSE) [b](https://x/y.ipynb) [c](#here)', 'index.ipynb')=='[a](https://repo/LICENSE) [b](https://x/y.ipynb) [c](#here)'
     assert link('```\n[a](03_space.ipynb)\n```', 'index.ipynb')=='```\n[a](03_space.ipynb)\n```'
 
+def test_methods_get_the_anchors_that_nbdev_links_to():
+    assert nb2md.anchors('### Supernet.Flops')=='### Supernet.Flops {#supernet.flops}'
+    for s in '## Kept: [`Subnet`](supernet.md#subnet)', '## Version 2.4 -', '# plain', '### A.b {#a.b}': assert nb2md.anchors(s)==s
+
 def test_outputs(media):
     out = lambda flavour='gfm', **kw: nb2md.output(shown(**kw), flavour, media)
     assert nb2md.output(dict(output_type='stream', text='1%\r 50%\r100%\n\x1b[31mred\x1b[0m\n'), 'gfm', media)=='```\n100%\nred\n```'

@@ -384,7 +384,8 @@ def test_report_is_one_file(whole):
     page = (whole/'report'/'index.html').read_text(encoding='utf-8')
     assert page.startswith('<!doctype html>') and 'width=device-width' in page and 'prefers-color-scheme: dark' in page
     assert not re.search(r'(src|href)="(?!data:)', page) and '<script' not in page and 'url(' not in page
-    assert page.count('<img src="data:image/png;base64,') == page.count(' alt="') >= 6 and ' alt=""' not in page
+    assert page.count('<img src="data:image/png;base64,') == page.count(' alt="') >= 5 and ' alt=""' not in page
+    assert page.count('<table class="slm-subnet" aria-label="') >= 2
     for title in 'The arms', 'Validation perplexity', 'The search', 'Shapes inside the teacher', 'What matters', 'What it cost', 'What they write':
         assert title in page
 

@@ -162,7 +162,7 @@ def relink(md, here, base, repo, notebooks):
 
 def anchors(md):
     "Give each heading that names a method the anchor nbdev links to."
-    fix = lambda m: m[0] if '{#' in m[2] or '.' not in m[2] else f"{m[1]} {m[2]} {{#{m[2].lower()}}}"
+    fix = lambda m: f"{m[0]} {{#{m[2].lower()}}}" if re.fullmatch(r'\w+(\.\w+)+', m[2]) else m[0]
     return prose(lambda s: _anchor.sub(fix, s), md)
 
 

@@ -2,7 +2,7 @@
 
 `python tools/record.py demo runs/demo` keeps the report's data and what was printed (without the lines of progress).
 `python tools/record.py demo-sweep runs/sweep` keeps each arm's curve, and writes the best learning rates into the recipe `demo`.
-`python tools/record.py families` asks of every causal language model in transformers whether it can be a super-network (a minute or two).
+`python tools/record.py families` asks of every causal language model in transformers whether it can be a super-network (some minutes).
 """
 import argparse
 import json
@@ -35,21 +35,25 @@ def tuned(line, name, arms):
     if best in (tried[0], tried[-1]): print(f"{name}: the best learning rate, {best[0]}, is at the edge of what was tried; extend the sweep")
     return re.sub(r'lr: .*\}$', f'lr: {best[0]}, lr_sweep: {json.dumps([*map(list, tried)])}}}', line)
 
+def ask(family):
+    "Can an architecture with its default config be a super-network? Its model's class, and how many parameters were named, or why not."
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    from slm_begin.supernet import TEACH, NotASupernet, infer_axes
+    try: return dict(model=known[family], parameters=len(infer_axes(transformers.CONFIG_MAPPING[family]()).dims))
+    except NotASupernet as e: return dict(model=known[family], reason=str(e).removesuffix(TEACH))
+    except Exception as e: return dict(model=known[family], reason=f'its default config cannot be used: {type(e).__name__}: {str(e)[:150]}')
+
 def families(_):
     import logging
     import warnings
 
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
-
-    from slm_begin.supernet import NotASupernet, infer_axes
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
-    out = {}
-    for family, cls in sorted(known.items()):
-        try: out[family] = dict(model=cls, parameters=len(infer_axes(transformers.CONFIG_MAPPING[family]()).dims))
-        except NotASupernet as e: out[family] = dict(model=cls, reason=str(e))
-        except Exception as e: out[family] = dict(model=cls, reason=f'its default config cannot be used: {type(e).__name__}: {str(e)[:150]}')
+    out = {family: ask(family) for family in sorted(known)}
     data = dict(command='python tools/record.py families', transformers=transformers.__version__, families=out)
     (results/'families.json').write_text(json.dumps(data, indent=0) + '\n', encoding='utf-8')
     print(f"{sum('parameters' in o for o in out.values())} of {len(out)} architectures qualify")
