@@ -85,7 +85,7 @@ def _cells(axis, kept, layer, teacher, edge) -> str:
 
 def _head(said, names) -> str:
     th = lambda text, span='': f'<th scope="col"{span} style="{_CELL}">{text}</th>'
-    columns = ''.join(f'<col style="width:{w}%">' for w in (9, 18, 21, 11, 28, 13))
+    columns = ''.join(f'<col style="width:{w}%">' for w in (11, 21, 20, 10, 25, 13))
     axes = ''.join(th(f'{names[axis]}<br>{said[axis][1]}', ' colspan="2"') for axis in ('heads', 'ffn'))
     width = th(f"{names['embd']}<br>{' '.join(said['embd'])}")
     return f'<colgroup>{columns}</colgroup><thead><tr style="background:transparent">{th("layer")}{width}{axes}</tr></thead>'
