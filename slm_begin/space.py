@@ -152,7 +152,6 @@ def build(self: SearchSpace,
     return Subnet(layers, few('embd', embd), tuple(few('heads', n, l) for n, l in zip(heads, layers, strict=True)),
                   tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)))
 
-
 # %% ../nbs/03_space.ipynb #c202
 @patch
 def draw(self: SearchSpace,
@@ -172,7 +171,6 @@ def draw(self: SearchSpace,
     keep = np.zeros(size, bool)
     keep[np.argpartition(late, n - 1)[:n]] = True
     return self._entries(keep)
-
 
 # %% ../nbs/03_space.ipynb #c720
 @patch
@@ -236,8 +234,8 @@ def _widths(self: SearchSpace, n, bins) -> list[int]:
     "The widths with which some sub-network of n layers lies in all bins."
     embd = self._below_aspect(n)
     if not embd: return []
-    heads, first, last = self._room(n, embd, bins)
-    return [e for e, fits in zip(embd, first <= last) if fits.any() and self._nearest(n, e, heads[fits], n * e / self.supernet.head_size)]
+    (heads, first, last), one = self._room(n, embd, bins), self.supernet.head_size * self.supernet.units['queries']    # width of a head
+    return [e for e, fits in zip(embd, first <= last) if fits.any() and self._nearest(n, e, heads[fits], n * e / one)]
 
 @patch
 def _below_aspect(self: SearchSpace, n) -> range:
@@ -362,11 +360,11 @@ def mutate(self: SearchSpace,
     rng: random.Random,
     sub: Subnet,
     bin: Bin,
-) -> Subnet: # Always inside the bin; another than `sub`, if there is one
-    "Change a sub-network a little. One that lies outside of the bin is brought into it."
-    inside = all(b.of(self.supernet, sub) in b for b in (*self.budgets, bin))
+) -> Subnet: # Always inside the bin; not `sub` itself, where there are others
+    "Change a sub-network a little. One that lies outside of the bin or the space is brought into it."
+    exchange = self.fine and bin.of(self.supernet, sub) in bin and sub in self
     for _ in range(50):
-        if self.fine and inside and rng.random() < .5: new = self._exchanged(rng, sub)
+        if exchange and rng.random() < .5: new = self._exchanged(rng, sub)
         else:
             layers, embd, heads, ffn = self._mutated(rng, sub, bin)
             new = self._fit(rng, layers, embd, bin, heads, ffn, (sub,))

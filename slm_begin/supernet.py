@@ -477,7 +477,6 @@ def _tables(self: Supernet, embd):
             if name in named or 'vocab' in axes: self._table_sizes['embd' in axes] += p.numel() // (self.sizes['embd'] if 'embd' in axes else 1)
     return self._table_sizes[0] + self._table_sizes[1] * embd
 
-
 # %% ../nbs/01_supernet.ipynb #c092
 def fit_modules(model, shapes=None, width=None):
     "Make each module agree with its parameters' shapes; first give the parameters the shapes in `shapes`, if any."
