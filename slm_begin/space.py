@@ -186,7 +186,7 @@ def __contains__(self: SearchSpace, sub: Subnet) -> bool:
 @patch
 def _distinct(self: SearchSpace, sub) -> bool:
     "Are its entries ascending, and among the teacher's?"
-    def fine(axis, ids): return all(a < b for a, b in zip((-1, *ids), (*ids, self.supernet.sizes[axis])))
+    def fine(axis, ids): return 0 <= ids[0] and ids[-1] < self.supernet.sizes[axis] and bool((np.diff(ids) > 0).all())
     return fine('embd', sub.embd) and all(fine(axis, ids) for axis in ('heads', 'ffn') for ids in getattr(sub, axis))
 
 # %% ../nbs/03_space.ipynb #c013
