@@ -174,7 +174,6 @@ def draw(self: SearchSpace,
     keep[np.argpartition(late, n - 1)[:n]] = True
     return self._entries(keep)
 
-
 # %% ../nbs/03_space.ipynb #c720
 @patch
 def __contains__(self: SearchSpace, sub: Subnet) -> bool:
@@ -189,7 +188,7 @@ def __contains__(self: SearchSpace, sub: Subnet) -> bool:
 @patch
 def _distinct(self: SearchSpace, sub) -> bool:
     "Are its entries ascending, and among the teacher's?"
-    def fine(axis, ids): return all(a < b for a, b in zip((-1, *ids), (*ids, self.supernet.sizes[axis])))
+    def fine(axis, ids): return 0 <= ids[0] and ids[-1] < self.supernet.sizes[axis] and bool((np.diff(ids) > 0).all())
     return fine('embd', sub.embd) and all(fine(axis, ids) for axis in ('heads', 'ffn') for ids in getattr(sub, axis))
 
 # %% ../nbs/03_space.ipynb #c013
@@ -237,8 +236,8 @@ def _widths(self: SearchSpace, n, bins) -> list[int]:
     "The widths with which some sub-network of n layers lies in all bins."
     embd = self._below_aspect(n)
     if not embd: return []
-    heads, first, last = self._room(n, embd, bins)
-    return [e for e, fits in zip(embd, first <= last) if fits.any() and self._nearest(n, e, heads[fits], n * e / self.supernet.head_size)]
+    (heads, first, last), one = self._room(n, embd, bins), self.supernet.head_size * self.supernet.units['queries']    # width of a head
+    return [e for e, fits in zip(embd, first <= last) if fits.any() and self._nearest(n, e, heads[fits], n * e / one)]
 
 @patch
 def _below_aspect(self: SearchSpace, n) -> range:
@@ -363,11 +362,11 @@ def mutate(self: SearchSpace,
     rng: random.Random,
     sub: Subnet,
     bin: Bin,
-) -> Subnet: # Always inside the bin; another than `sub`, if there is one
-    "Change a sub-network a little. One that lies outside of the bin is brought into it."
-    inside = all(b.of(self.supernet, sub) in b for b in (*self.budgets, bin))
+) -> Subnet: # Always inside the bin; not `sub` itself, where there are others
+    "Change a sub-network a little. One that lies outside of the bin or the space is brought into it."
+    exchange = self.fine and bin.of(self.supernet, sub) in bin and sub in self
     for _ in range(50):
-        if self.fine and inside and rng.random() < .5: new = self._exchanged(rng, sub)
+        if exchange and rng.random() < .5: new = self._exchanged(rng, sub)
         else:
             layers, embd, heads, ffn = self._mutated(rng, sub, bin)
             new = self._fit(rng, layers, embd, bin, heads, ffn, (sub,))

@@ -27,7 +27,7 @@ def attention(repeats=5):
             print(f"{what}, windows of {window}: ours {side_by_side(step, ours, repeats):.2f} x as fast")
 
 def sampling(n=1000, fine=50):
-    "Sub-networks of half of a 7 B Llama (no weights), +-5 %, one core: what each costs, and what rejection costs, which draws nothing but sizes."
+    "Sub-networks of half of a 7 B Llama (no weights), +-5 %, in seconds of one core: what each costs, and what rejection costs, which draws nothing but sizes."
     import numpy as np
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -45,21 +45,21 @@ def sampling(n=1000, fine=50):
             first, *ms = moves_ms(space, bin, k, fine)
             print(f"{granularity:16} {space.orders.kind:8} order: {n} in {first * n / 1000:.2f} s ({first:.2f} ms each); another {k}: {ms[0]:.2f} ms, "
                   f"mutated {ms[1]:.2f} ms, crossed {ms[2]:.2f} ms")
-    rng, r, tries, got, start = np.random.default_rng(0), SearchSpace(net).ranges, 0, 0, time.perf_counter()
+    rng, r, tries, got, start = np.random.default_rng(0), SearchSpace(net).ranges, 0, 0, time.process_time()
     while got < n:
         depth, embd = rng.choice(r['layers']), rng.choice(r['embd'])
         got += net.count_sizes(depth, embd, rng.choice(r['heads'], depth).sum(), rng.choice(r['ffn'], depth).sum()) in bin
         tries += 1
-    print(f'rejection: {n} of {tries:,} draws lie in the bin ({n / tries:.2%}); {time.perf_counter() - start:.1f} s')
+    print(f'rejection: {n} of {tries:,} draws lie in the bin ({n / tries:.2%}); {time.process_time() - start:.1f} s')
 
 def moves_ms(space, bin, k, fine):
     "Milliseconds a candidate: the first k (with solving the bin), the next k, mutations, crossings."
     rng, subs = random.Random(0), []
     for many, move in (k, space.sample), (k, space.sample), (fine, space.mutate), (fine, space.crossover):
         parents = [() if move == space.sample else (subs[i],) if move == space.mutate else (subs[i], subs[i - 1]) for i in range(many)]
-        start = time.perf_counter()
+        start = time.process_time()
         made = [move(rng, *p, bin) for p in parents]
-        yield 1000 * (time.perf_counter() - start) / many
+        yield 1000 * (time.process_time() - start) / many
         assert all(space.supernet.count(s) in bin for s in made)
         subs = subs or made
 
