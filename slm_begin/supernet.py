@@ -93,7 +93,7 @@ class Subnet:
         if list(self.layers) != sorted(self.layers): raise SubnetError(f"`layers` must be ascending, got {reprlib.repr([*self.layers])}: sort them")
         for axis in 'heads', 'ffn':
             v, n = getattr(self, axis), len(self.layers)
-            if not isinstance(v, (list, tuple)): raise SubnetError(f"`{axis}` is {reprlib.repr(v)}; give a tuple with the indices for each of the {n} kept layers")
+            if not isinstance(v, (list, tuple)): raise SubnetError(f"`{axis}` is {reprlib.repr(v)}; give a tuple of indices for each of the {n} kept layers")
             if len(v) != n: raise SubnetError(f"`{axis}` is given for {len(v)} layers, but {n} are kept: give the indices for each of them")
             object.__setattr__(self, axis, tuple(map(Indices, v, itertools.repeat(axis), self.layers)))
 
@@ -114,6 +114,7 @@ class Subnet:
         "What `to_json` has written. Raises `SubnetError` on anything else."
         try:
             if set(d) != set(AXES): raise ValueError(f"it must have {', '.join(AXES)} and nothing else")
+            if not all(isinstance(d[axis], list) for axis in ('heads', 'ffn')): raise ValueError("`heads` and `ffn` must be lists")
             read = _ids(d['layers']), _ids(d['embd']), tuple(map(_ids, d['heads'])), tuple(map(_ids, d['ffn']))
         except (AttributeError, TypeError, ValueError) as e:
             raise SubnetError(f"no sub-network can be read from {reprlib.repr(d)}: {e}; give what `to_json` wrote, with runs such as '0-2,5'") from e
@@ -446,7 +447,7 @@ def subnet(self: Supernet,
     layers = self._keep('layers', layers)
     def per_layer(axis, v):
         each = isinstance(v, tuple) or isinstance(v, list) and any(o is None or isinstance(o, (list, tuple, range, np.ndarray)) for o in v[:1])
-        if each and len(v) != len(layers): raise SubnetError(f"`{axis}` is given for {len(v)} layers, but {len(layers)} are kept: give one entry for each of them")
+        if each and len(v) != len(layers): raise SubnetError(f"`{axis}` is given for {len(v)} layers, but {len(layers)} are kept: give one entry for each")
         return tuple(self._keep(axis, o, l) for o, l in zip(v if each else [v] * len(layers), layers))
     return Subnet(layers, self._keep('embd', embd), per_layer('heads', heads), per_layer('ffn', ffn))
 
@@ -815,7 +816,7 @@ def _opened(path):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as f: yield f
-    except (OSError, SafetensorError) as e: raise ValueError(f"the weights in `{path}` cannot be read ({type(e).__name__}: {e}); fetch or save the file again") from e
+    except (OSError, SafetensorError) as e: raise ValueError(f"`{path}` cannot be read ({type(e).__name__}: {e}); fetch or save the weights again") from e
 
 def _weight_files(folder) -> list[Path]:
     "The safetensors files of a checkpoint: one, or those that its index names."
