@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from numbers import Integral
-from operator import index
+from operator import ge, index
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,7 @@ class Subnet:
             if not isinstance(v, (list, tuple)): raise SubnetError(f"`{axis}` is {reprlib.repr(v)}; give a tuple of indices for each of the {n} kept layers")
             if len(v) != n: raise SubnetError(f"`{axis}` is given for {len(v)} layers, but {n} are kept: give the indices for each of them")
             object.__setattr__(self, axis, tuple(map(Indices, v, itertools.repeat(axis), self.layers)))
+            object.__setattr__(self, f'{axis}_top', [ids.top for ids in getattr(self, axis)])
 
     @property
     def sizes(self) -> dict:
@@ -465,9 +466,9 @@ def check(self: Supernet, sub: Subnet):
     "Raises `SubnetError` if `sub` keeps what this teacher has not."
     if not isinstance(sub, Subnet): raise SubnetError(f"{reprlib.repr(sub)} is no sub-network; give a `Subnet`, as `supernet.subnet(...)` makes")
     Indices(sub.layers, 'layers', size=self.sizes['layers']), Indices(sub.embd, 'embd', size=self.sizes['embd'])
-    for axis in 'heads', 'ffn':
-        for l, ids in zip(sub.layers, getattr(sub, axis)):
-            if ids.top >= self.layer_sizes[axis][l]: Indices(ids, axis, l, self.layer_sizes[axis][l])
+    for axis, top in ('heads', sub.heads_top), ('ffn', sub.ffn_top):
+        sizes = [self.layer_sizes[axis][l] for l in sub.layers]
+        if any(map(ge, top, sizes)): tuple(map(Indices, getattr(sub, axis), itertools.repeat(axis), sub.layers, sizes))         # raises
 
 
 # %% ../nbs/01_supernet.ipynb #c090
