@@ -1,5 +1,6 @@
 "supernet: students that are teachers again, teachers that stay on disk, and students where there is no slm_begin."
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_families import FAMILIES, ids, logits, random_subnet, tiny
 
 from slm_begin.importance import measure
@@ -291,3 +293,39 @@ def test_students_work_where_there_is_no_slm_begin(tmp_path):
     assert not r.returncode, r.stderr[-3000:]
     lines = r.stdout.splitlines()
     assert [line for line in lines if not line.endswith('done')]==[] and len(lines)==14 and r.stdout.count('SubnetForCausalLM')==7, r.stdout
+
+
+# In lm-eval, as it is
+
+task = '''
+task: two_texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+metadata: {version: 1}
+'''
+
+@pytest.mark.slow
+def test_lm_eval_reads_students_without_an_adapter(tmp_path, tok, monkeypatch):
+    lm_eval = pytest.importorskip('lm_eval', reason="needs the extra `eval`: pip install -e '.[eval]'")
+    from lm_eval.tasks import TaskManager
+    texts = ['The old man looked at the sea, and the sea looked back.', 'Nobody had told her that it would rain for so long.']
+    (tmp_path/'texts.jsonl').write_text(''.join(json.dumps(dict(text=t)) + '\n' for t in texts))
+    (tmp_path/'two_texts.yaml').write_text(task.replace('FILE', str(tmp_path/'texts.jsonl')))
+    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path/'cache')
+    net = Supernet(tiny_model(vocab_size=len(tok), max_position_embeddings=128))
+    for kind, sub in dict(plain=net.subnet(2, 16, 2, 24), layerwise=net.subnet([0, 2], 20, (1, 2), (20, 12))).items():
+        model = net.extract(sub).eval()
+        save_student(model, tmp_path/kind, tok)
+        args = dict(pretrained=str(tmp_path/kind), dtype='float32', trust_remote_code=kind=='layerwise')
+        got = lm_eval.simple_evaluate('hf', args, tasks=['two_texts'], task_manager=TaskManager(include_path=str(tmp_path)), device='cpu', batch_size=1)
+        nats = 0
+        for text in texts:
+            row = torch.tensor([[tok.eos_token_id, *tok(text).input_ids]])
+            with torch.no_grad(): nats += model(input_ids=row, labels=row).loss.item() * (row.shape[1] - 1)
+        want = nats / math.log(2) / sum(len(t.encode()) for t in texts)
+        assert got['results']['two_texts']['bits_per_byte,none']==pytest.approx(want, rel=1e-4)
