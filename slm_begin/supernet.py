@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from numbers import Integral
-from operator import index
+from operator import ge, index
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,7 @@ class Subnet:
             if not isinstance(v, (list, tuple)): raise SubnetError(f"`{axis}` is {reprlib.repr(v)}; give a tuple of indices for each of the {n} kept layers")
             if len(v) != n: raise SubnetError(f"`{axis}` is given for {len(v)} layers, but {n} are kept: give the indices for each of them")
             object.__setattr__(self, axis, tuple(map(Indices, v, itertools.repeat(axis), self.layers)))
+            object.__setattr__(self, f'{axis}_top', [ids.top for ids in getattr(self, axis)])
 
     def _each(self, f) -> dict:
         "`f` of what is kept of each axis (and layer); of the last two only if something of them is left out."
@@ -507,7 +508,7 @@ def subnet(self: Supernet,
     heads, ffn = (tuple(self._keep(axis, o, l) for o, l in zip(per_layer(axis, v), layers)) for axis, v in (('heads', heads), ('ffn', ffn)))
     if queries is not None: queries = tuple(map(self._keep_queries, per_layer('queries', queries), heads, layers))
     if queries and all(len(q) == len(h) * self.units['queries'] for q, h in zip(queries, heads)): queries = None        # all are kept
-    return Subnet(layers, self._keep('embd', embd), heads, ffn, queries, self._keep_entries(head_size), self.sizes)
+    return Subnet(layers, self._keep('embd', embd), heads, ffn, queries, self._keep_entries(head_size), {**self.sizes, **self.layer_sizes})
 
 @patch
 def _keep(self: Supernet, axis, v, layer=None) -> Indices:
@@ -523,9 +524,9 @@ def check(self: Supernet, sub: Subnet):
     "Raises `SubnetError` if `sub` keeps what this teacher has not."
     if not isinstance(sub, Subnet): raise SubnetError(f"{reprlib.repr(sub)} is no sub-network; give a `Subnet`, as `supernet.subnet(...)` makes")
     Indices(sub.layers, 'layers', size=self.sizes['layers']), Indices(sub.embd, 'embd', size=self.sizes['embd'])
-    for axis in 'heads', 'ffn':
-        for l, ids in zip(sub.layers, getattr(sub, axis)):
-            if ids.top >= self.layer_sizes[axis][l]: Indices(ids, axis, l, self.layer_sizes[axis][l])
+    for axis, top in ('heads', sub.heads_top), ('ffn', sub.ffn_top):
+        sizes = [self.layer_sizes[axis][l] for l in sub.layers]
+        if any(map(ge, top, sizes)): tuple(map(Indices, getattr(sub, axis), itertools.repeat(axis), sub.layers, sizes))         # raises
     if sub.queries: [*map(self._keep_queries, sub.queries, sub.heads, sub.layers)]
     if sub.head_size and self._keep_entries(sub.head_size) != sub.head_size:
         raise SubnetError("`head_size` must list the entries as a smaller head needs them, pairs first: take `head_size` of `supernet.subnet(head_size=...)`")
@@ -594,17 +595,17 @@ def _make_terms(self: Supernet) -> dict:
     return terms
 
 @patch
-def _coefficients(self: Supernet, kind, head_size) -> dict[str, tuple[int, int]]: # Per unit: a constant, and a factor of embd
-    if (kind, head_size) not in self._linear:
-        out = self._linear[kind, head_size] = {unit: [0, 0] for unit in ('global', 'layer', 'heads', 'ffn', 'queries')}
-        for (unit, e, d), a in self._terms[kind].items(): out[unit][e] += a * head_size**d
+def _coefficients(self: Supernet, kind, head_size) -> list: # Of one, a layer, a head, a query head and a neuron: a constant, and a factor of embd
+    out = {unit: [0, 0] for unit in ('global', 'layer', 'heads', 'queries', 'ffn')}
+    for (unit, e, d), a in self._terms[kind].items(): out[unit][e] += a * (head_size or self.head_size)**d
+    self._linear[kind, head_size] = [*out.values()]
     return self._linear[kind, head_size]
 
 @patch
 def _sum(self: Supernet, kind, layers, embd, heads, ffn, queries=None, head_size=None):
-    c = self._coefficients(kind, head_size or self.head_size)
-    numbers = 1, layers, heads, ffn, heads * self.units['queries'] if queries is None else queries
-    return sum((a + b * embd) * n for n, (a, b) in zip(numbers, c.values()))
+    (o, oe), (l, le), (h, he), (q, qe), (f, fe) = self._linear.get((kind, head_size)) or self._coefficients(kind, head_size)
+    if queries is None: queries = heads * self.units['queries']
+    return o + l * layers + h * heads + q * queries + f * ffn + embd * (oe + le * layers + he * heads + qe * queries + fe * ffn)
 
 @patch
 def count_sizes(self: Supernet,

@@ -1,4 +1,4 @@
-"""Ratios, measured side by side in one process on this machine: `python tools/bench.py attention` (half a minute) or `sampling` (a minute)."""
+"""Ratios, measured side by side in one process on this machine: `python tools/bench.py attention`, `supernet` or `sampling` (a minute each at most)."""
 import argparse
 import random
 import statistics
@@ -25,6 +25,43 @@ def attention(repeats=5):
             def ours(m=model, s=step):
                 with fast_attention(m, cpu): s()
             print(f"{what}, windows of {window}: ours {side_by_side(step, ours, repeats):.2f} x as fast")
+
+def supernet(repeats=15):
+    "Counting; cutting half out of Pythia-70M's shape; and the forward pass of what was cut out against the same shapes built from scratch. One core."
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from slm_begin.supernet import Subnet, Supernet
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape = dict(hidden_size=512, num_attention_heads=8, intermediate_size=2048, vocab_size=50304)
+    rng, some = random.Random(0), lambda size, n: rng.sample(range(size), n)
+    with torch.device('meta'): deep = Supernet(GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_hidden_layers=32)))
+    new = [deep.subnet(None, some(512, 256), tuple(some(8, rng.randint(1, 8)) for _ in range(32)), tuple(some(2048, rng.randint(1, 2048)) for _ in range(32)))
+           for _ in range(100)]
+    described = [(s.layers, tuple(s.embd), tuple(map(tuple, s.heads)), tuple(map(tuple, s.ffn))) for s in new]
+    each = lambda f: statistics.median(clock(f) for _ in range(repeats)) * 1e6 / len(new)
+    print(f"counting, 32 layers of different sizes: {each(lambda: [deep.count(s) for s in new]):.1f} microseconds each; "
+          f"to make a description of known indices {each(lambda: [Subnet(s.layers, s.embd, s.heads, s.ffn) for s in new]):.1f}, "
+          f"of new ones, which are looked through, {each(lambda: [Subnet(*d) for d in described]):,.0f}")
+
+    net = Supernet(GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_hidden_layers=6)))
+    for what, embd, ffn in ('the first channels', range(256), range(2048)), ('any channels', some(512, 256), some(2048, 2048)):
+        half = net.subnet(None, embd, 4, ffn)
+        seconds = statistics.median(clock(lambda half=half: net.extract(half)) for _ in range(repeats))
+        print(f"cutting {net.count(half):,} of {net.count(net.full):,} parameters out, {what}: {seconds:.3f} s")
+
+    plain, ids = GPTNeoXForCausalLM(net.extract(half).config), torch.randint(50304, (2, 256))
+    read = lambda model: torch.no_grad()(lambda: model(input_ids=ids, use_cache=False))
+    layerwise = net.subnet(None, some(512, 256), (4, 3, 4, 4, 5, 4), ffn)
+    for what, sub in ('the same class', half), ('layers of different sizes', layerwise):
+        faster = side_by_side(read(net.extract(sub).eval()), read(plain.eval()), repeats)
+        print(f"forward pass of a model that was cut out ({what}): {faster:.3f} x the time of one built from scratch")
+
+def clock(f):
+    "Seconds of the processor that `f` takes; for one thread, whatever else the machine does."
+    start = time.process_time()
+    f()
+    return time.process_time() - start
 
 def sampling(n=1000, fine=50):
     "Sub-networks of half of a 7 B Llama (no weights), +-5 %, in seconds of one core: what each costs, and what rejection costs, which draws nothing but sizes."
@@ -75,6 +112,6 @@ def seconds(f):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
-    benchmarks = dict(attention=attention, sampling=sampling)
+    benchmarks = dict(attention=attention, supernet=supernet, sampling=sampling)
     p.add_argument('what', choices=benchmarks)
     benchmarks[p.parse_args().what]()
