@@ -85,6 +85,8 @@ class SearchSpace:
         native_only: bool = False,  # Only shapes that the family's own config can say: all layers alike, and heads that go with the width
         max_aspect: float | None = None,  # Largest ratio of width to depth, `embd` / `layers`
         budgets: list[Bin] | tuple[Bin, ...] = (),  # Bins of any measures, in which all sub-networks lie
+        query_heads: list[int] | None = None,  # How many query heads may stay with each kept head (alike in all layers); all of them if not given
+        head_sizes: list[int] | None = None,  # Sizes that heads may have; the teacher's if not given
     ):
         if granularity not in GRANULARITIES: raise ValueError(f"`granularity` is {granularity!r}; choose one of {', '.join(GRANULARITIES)}")
         if not supernet.full.uniform: raise ValueError(f"{supernet} has layers of different sizes; it can be cut, but a search space needs layers of one size")
@@ -94,6 +96,7 @@ class SearchSpace:
         self.ranges = self._ranges({**dict(embd=16, heads=1, ffn=32), **(round_to or {})}, at_least or {})
         e, n = self.ranges['embd'][0], self.ranges['layers'][-1]
         if max_aspect is not None and max_aspect * n < e: raise ValueError(f"`max_aspect` is {max_aspect}; it must be at least {e / n:.4g} ({e} / {n})")
+        self.inner = self._inner(query_heads, head_sizes)
         self._first, self._shapes = {}, {}
         self._ids = np.arange(max(supernet.sizes[axis] for axis in AXES)).astype(object)    # every tuple shares these integers
         self._rank = {axis: np.argsort(getattr(self.orders, axis), -1) for axis in ('embd', 'heads', 'ffn')}        # an entry's place in its order
@@ -113,9 +116,19 @@ class SearchSpace:
             out[axis] = range(step * max(1, ceil(least.get(axis, 1) / step)), most + 1, step)
         return out
 
+    def _inner(self, queries, head_sizes) -> list[tuple[int, int]]:
+        "What may stay inside the heads: (query heads of each, entries), the largest first. Raises `SubnetError`."
+        of, most = self.supernet, (self.supernet.units['queries'], self.supernet.head_size)
+        queries, head_sizes = (sorted({m} if v is None else {*v}, reverse=True) for v, m in zip((queries, head_sizes), most))
+        for q in queries: of._keep_queries(q, [0], 0)
+        for d in head_sizes: of._keep_entries(d)
+        return [(q, d) for q in queries for d in head_sizes if d == most[1] or not self.native_only]
+
     def __repr__(self):
         said = lambda axis, r: f"{axis} {r[0]}-{r[-1]}" + f' by {r.step}' * (r.step > 1)
         more = [said(axis, r) for axis, r in self.ranges.items()] + ['native only'] * self.native_only
+        for name, at in ('query heads', 0), ('head size', 1):
+            if len(values := {i[at] for i in self.inner}) > 1: more.append(f"{name} {' or '.join(map(str, sorted(values)))}")
         if self.max_aspect is not None: more.append(f'embd / layers up to {self.max_aspect:g}')
         return f"SearchSpace({self.granularity} by {self.orders.kind} order: {', '.join([*more, *map(repr, self.budgets)])})"
 
@@ -143,15 +156,35 @@ def build(self: SearchSpace,
     ffn,  # A number for each kept layer
     rng: random.Random | None = None,  # Fine spaces draw entries with it; without it the first ones are kept
     parents: tuple[Subnet, ...] = (),  # Whose entries are preferred, those of several most
+    inner: tuple[int, int] | None = None,  # Query heads of each head, and its size; the largest of the space if not given
 ) -> Subnet:
     "The sub-network with these sizes."
-    few = self.first
+    few, noise = self.first, None
     if rng is not None and self.fine:
         noise = np.random.default_rng(rng.getrandbits(64))
         few = lambda axis, n, l=None: self.draw(noise, axis, n, l, parents)
-    layers = tuple(sorted(layers))
-    return Subnet(layers, few('embd', embd), tuple(few('heads', n, l) for n, l in zip(heads, layers, strict=True)),
-                  tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)), of=self.supernet.sizes)
+    layers, (queries, head_size) = tuple(sorted(layers)), inner or self.inner[0]
+    heads = tuple(few('heads', n, l) for n, l in zip(heads, layers, strict=True))
+    return Subnet(layers, few('embd', embd), heads, tuple(few('ffn', n, l) for n, l in zip(ffn, layers, strict=True)),
+                  self._queries(layers, heads, queries, noise, parents), self.supernet._keep_entries(head_size), of=self.supernet.sizes)
+
+@patch
+def _queries(self: SearchSpace, layers, heads, n, noise=None, parents=()) -> tuple | None:
+    "With each kept head `n` of its query heads: those that parents keep, then the first or, with `noise`, any."
+    r = self.supernet.units['queries']
+    if n == r: return None
+    def of(layer, head):
+        late = {q: i if noise is None else noise.random() for i, q in enumerate(range(head * r, head * r + r))}
+        for p in parents:
+            if p.queries and layer in p.layers: late |= {q: late[q] - 2 * r for q in p.queries[p.layers.index(layer)] if q in late}
+        return sorted(sorted(late, key=late.get)[:n])
+    return tuple(tuple(q for h in kept for q in of(layer, h)) for layer, kept in zip(layers, heads))
+
+@patch
+def inner_of(self: SearchSpace, sub: Subnet) -> tuple[int, int] | None:
+    "Query heads of each head, and its size; None if they differ from layer to layer."
+    each = {len(q) // len(h) for q, h in zip(sub.queries, sub.heads)} if sub.queries else {self.supernet.units['queries']}
+    return (*each, len(sub.head_size) if sub.head_size else self.supernet.head_size) if len(each) == 1 else None
 
 
 # %% ../nbs/03_space.ipynb #c202
@@ -182,8 +215,9 @@ def __contains__(self: SearchSpace, sub: Subnet) -> bool:
     if list(sub.layers) != sorted({*sub.layers} & {*range(of.sizes['layers'])}) or not (sub.uniform or not self.uniform): return False
     sizes = dict(layers=[len(sub.layers)], embd=[s['embd']], heads=s['heads'], ffn=s['ffn'])
     if not all(n in r[axis] for axis in AXES for n in sizes[axis]) or s['embd'] > len(sub.layers) * (self.max_aspect or inf): return False
+    if (inner := self.inner_of(sub)) not in self.inner: return False
     if self.native_only and not of.expressible(sub) or not all(b.of(of, sub) in b for b in self.budgets): return False
-    return self._distinct(sub) if self.fine else sub == self.build(sub.layers, s['embd'], s['heads'], s['ffn'])
+    return self._distinct(sub) if self.fine else sub == self.build(sub.layers, s['embd'], s['heads'], s['ffn'], inner=inner)
 
 @patch
 def _distinct(self: SearchSpace, sub) -> bool:
@@ -199,20 +233,21 @@ def _totals(self: SearchSpace, axis, n, uniform=None) -> range:
     return range(n * r[0], n * r[-1] + 1, r.step * n if (self.uniform if uniform is None else uniform) else r.step)
 
 @patch
-def _line(self: SearchSpace, bin, n, embd, heads, ffn) -> tuple[np.ndarray, np.ndarray]: # (E, H); (E, 1), 0 if neurons have no say
+def _line(self: SearchSpace, bin, n, embd, heads, ffn, inner) -> tuple[np.ndarray, np.ndarray]: # (E, H); (E, 1), 0 if neurons have no say
     "The measure of a bin: with the first of the totals of neurons, and how it grows from one of them to the next."
     embd = np.array(embd)[:, None]
-    at = lambda heads, ffn: self.supernet.cost_sizes(bin.measure, n, embd, heads, ffn, seq_len=bin.seq_len, dtype=bin.dtype) + 0 * embd
+    fixed, (q, d) = dict(seq_len=bin.seq_len, dtype=bin.dtype), inner
+    def at(heads, ffn): return self.supernet.cost_sizes(bin.measure, n, embd, heads, ffn, q * heads, d, **fixed) + 0 * embd
     return at(heads, ffn.start), at(0, ffn.step) - at(0, 0)
 
 @patch
-def _room(self: SearchSpace, n, embd, bins, uniform=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (H,); (E, H); (E, H)
+def _room(self: SearchSpace, n, embd, bins, inner, uniform=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (H,); (E, H); (E, H)
     "For n layers and some widths: the totals of heads; and which of the totals of neurons, first and last, keep to all bins: none do where first > last."
     heads, ffn = self._totals('heads', n, uniform), self._totals('ffn', n, uniform)
     heads = np.arange(heads.start, heads.stop, heads.step)
     first, last = np.zeros((len(embd), len(heads)), np.int64), np.full((len(embd), len(heads)), len(ffn) - 1)
     for b in bins:
-        base, step = self._line(b, n, embd, heads, ffn)
+        base, step = self._line(b, n, embd, heads, ffn, inner)
         if step.any(): first, last = np.maximum(first, -((base - b.low) // step)), np.minimum(last, (b.high - base) // step)
         else: last = np.where((b.low <= base) & (base <= b.high), last, -1)
     return heads, first, last
@@ -221,23 +256,23 @@ def _room(self: SearchSpace, n, embd, bins, uniform=None) -> tuple[np.ndarray, n
 @patch
 def shapes(self: SearchSpace, bin: Bin) -> list[tuple[int, int]]:
     "The (number of layers, width) with which some sub-network lies in the bin. Raises `ValueError` naming the reachable range when there are none."
-    return self._solve((*self.budgets, bin))[0]
+    return [*dict.fromkeys((n, e) for n, e, _ in self._solve((*self.budgets, bin))[0])]
 
 @patch
-def _solve(self: SearchSpace, bins) -> tuple[list, set]:
+def _solve(self: SearchSpace, bins) -> tuple[list, set]: # (layers, width, inside of the heads)
     if bins not in self._shapes:
-        found = [(n, e) for n in self.ranges['layers'] for e in self._widths(n, bins)]
+        found = [(n, e, inner) for inner in self.inner for n in self.ranges['layers'] for e in self._widths(n, bins, inner)]
         if not found: self._refuse(bins)
         self._shapes[bins] = found, set(found)
     return self._shapes[bins]
 
 @patch
-def _widths(self: SearchSpace, n, bins) -> list[int]:
+def _widths(self: SearchSpace, n, bins, inner) -> list[int]:
     "The widths with which some sub-network of n layers lies in all bins."
     embd = self._below_aspect(n)
     if not embd: return []
-    (heads, first, last), one = self._room(n, embd, bins), self.supernet.head_size * self.supernet.units['queries']    # width of a head
-    return [e for e, fits in zip(embd, first <= last) if fits.any() and self._nearest(n, e, heads[fits], n * e / one)]
+    (heads, first, last), one = self._room(n, embd, bins, inner), self.supernet.head_size * inner[0]                # width of a head
+    return [e for e, fits in zip(embd, first <= last) if fits.any() and self._nearest(n, e, heads[fits], n * e / one, inner)]
 
 @patch
 def _below_aspect(self: SearchSpace, n) -> range:
@@ -245,10 +280,10 @@ def _below_aspect(self: SearchSpace, n) -> range:
     return embd if self.max_aspect is None else embd[:bisect_right(embd, n * self.max_aspect)]
 
 @patch
-def _nearest(self: SearchSpace, n, embd, totals, wish) -> int | None:
+def _nearest(self: SearchSpace, n, embd, totals, wish, inner) -> int | None:
     "The total of heads that is nearest to a wish; with `native_only`, of those that go with the width, if any do."
     if not self.native_only: return int(totals[abs(totals - wish).argmin()])
-    return next((int(t) for t in totals[np.argsort(abs(totals - wish), kind='stable')] if self.supernet.native(embd, int(t) // n)), None)
+    return next((int(t) for t in totals[np.argsort(abs(totals - wish), kind='stable')] if self.supernet.native(embd, int(t) // n, inner[0])), None)
 
 # %% ../nbs/03_space.ipynb #c721
 @patch
@@ -266,16 +301,16 @@ def _refuse(self: SearchSpace, bins):
 def _reach(self: SearchSpace, bin, bins) -> tuple[int, int]:
     "The least and the most of a bin's measure inside other bins."
     ends = []
-    for n in self.ranges['layers']:
+    for n, inner in ((n, inner) for n in self.ranges['layers'] for inner in self.inner):
         if not (embd := self._below_aspect(n)): continue
-        heads, first, last = self._room(n, embd, bins)
-        base, step = self._line(bin, n, embd, heads, self._totals('ffn', n))
+        heads, first, last = self._room(n, embd, bins, inner)
+        base, step = self._line(bin, n, embd, heads, self._totals('ffn', n), inner)
         e, h = np.nonzero(first <= last)
-        ends.append(np.stack([(base + step * first)[e, h], -(base + step * last)[e, h], np.array(embd)[e], heads[h] // n]))
-    least, most, embd, heads = np.concatenate(ends, 1)
+        ends.append(np.stack([(base + step * first)[e, h], -(base + step * last)[e, h], np.array(embd)[e], heads[h] // n, 0 * h + inner[0]]))
+    least, most, *shape = np.concatenate(ends, 1)
     def end(values):
         if not self.native_only: return int(values.min())
-        return next(int(values[i]) for i in np.argsort(values) if self.supernet.native(int(embd[i]), int(heads[i])))
+        return next(int(values[i]) for i in np.argsort(values) if self.supernet.native(*(int(o[i]) for o in shape)))
     return end(least), -end(most)
 
 # %% ../nbs/03_space.ipynb #c722
@@ -293,25 +328,25 @@ def _deal(self: SearchSpace, rng, axis, total, like) -> list[int]:
     return (r[0] + r.step * out).tolist()
 
 @patch
-def _fit(self: SearchSpace, rng, layers, embd, bin, heads=None, ffn=None, parents=()) -> Subnet | None:
+def _fit(self: SearchSpace, rng, layers, embd, bin, inner, heads=None, ffn=None, parents=()) -> Subnet | None:
     "A sub-network of these layers and this width inside the bin, its heads and neurons near those given, or random. None if nothing fits."
     n, bins = len(layers), (*self.budgets, bin)
-    if (n, embd) not in self._solve(bins)[1]: return None
-    totals, first, last = self._room(n, [embd], bins)
+    if (n, embd, inner) not in self._solve(bins)[1]: return None
+    totals, first, last = self._room(n, [embd], bins, inner)
     fits, grid = first[0] <= last[0], self._totals('ffn', n)
-    total = self._nearest(n, embd, totals[fits], rng.choice(totals[fits]) if heads is None else sum(heads))
+    total = self._nearest(n, embd, totals[fits], rng.choice(totals[fits]) if heads is None else sum(heads), inner)
     first, last = (int(o[0, totals == total][0]) for o in (first, last))
     at = rng.randint(first, last) if ffn is None else min(max(round((sum(ffn) - grid.start) / grid.step), first), last)
     def deal(axis, total, like):
         r = self.ranges[axis]
         return self._deal(rng, axis, total, like or [rng.uniform(r[0], r[-1]) for _ in layers])
-    return self.build(layers, embd, deal('heads', total, heads), deal('ffn', grid[at], ffn), rng, parents)
+    return self.build(layers, embd, deal('heads', total, heads), deal('ffn', grid[at], ffn), rng, parents, inner)
 
 @patch
 def sample(self: SearchSpace, rng: random.Random, bin: Bin) -> Subnet:
     "A random sub-network inside the bin: depth and width uniformly among those that can fit, then heads, then neurons. Raises as `shapes` does."
-    n, embd = rng.choice(self.shapes(bin))
-    return self._fit(rng, rng.sample(range(self.supernet.sizes['layers']), n), embd, bin)
+    n, embd, inner = rng.choice(self._solve((*self.budgets, bin))[0])
+    return self._fit(rng, rng.sample(range(self.supernet.sizes['layers']), n), embd, bin, inner)
 
 # %% ../nbs/03_space.ipynb #c024
 def _near(rng, value, values):
@@ -321,13 +356,13 @@ def _near(rng, value, values):
 
 @patch
 def _mutated(self: SearchSpace, rng, sub, bin):
-    "Layers, width, heads and neurons of `sub` after one random change, to a depth and width with which the bin can be reached."
-    s, (found, fits) = sub.sizes, self._solve((*self.budgets, bin))
+    "Layers, width, inside of heads, heads and neurons of `sub` after one random change, to a depth and width with which the bin can be reached."
+    s, (found, fits), inner = sub.sizes, self._solve((*self.budgets, bin)), self.inner_of(sub)
     heads, ffn = (dict(zip(s['layers'], s[axis], strict=True)) for axis in ('heads', 'ffn'))
     n, embd, out = len(heads), s['embd'], [l for l in range(self.supernet.sizes['layers']) if l not in heads]
-    widths = [e for m, e in found if m == n]
-    deeper, flatter = (n + 1, embd) in fits, (n - 1, embd) in fits
-    move = rng.choice(['heads', 'ffn'] + ['swap'] * bool(out) + ['embd'] * bool(widths) + ['add'] * deeper + ['drop'] * flatter)
+    widths, others = [e for m, e, i in found if m == n and i == inner], [i for i in self.inner if i != inner and (n, embd, i) in fits]
+    deeper, flatter = (n + 1, embd, inner) in fits, (n - 1, embd, inner) in fits
+    move = rng.choice(['heads', 'ffn'] + ['swap'] * bool(out) + ['embd'] * bool(widths) + ['add'] * deeper + ['drop'] * flatter + ['inner'] * bool(others))
     if move in ('swap', 'add', 'drop'):
         old = rng.choice(s['layers'])
         size = heads[old], ffn[old]
@@ -335,6 +370,7 @@ def _mutated(self: SearchSpace, rng, sub, bin):
         if move != 'drop':
             new = rng.choice(out)
             heads[new], ffn[new] = size
+    if move == 'inner': inner = rng.choice(others)
     if move == 'embd': embd = _near(rng, embd, widths)
     if move in ('heads', 'ffn'):
         sizes = heads if move == 'heads' else ffn
@@ -342,7 +378,7 @@ def _mutated(self: SearchSpace, rng, sub, bin):
         value = _near(rng, sizes[one], self.ranges[move])
         for l in sizes if self.uniform else [one]: sizes[l] = value
     layers = sorted(heads)
-    return layers, embd, [heads[l] for l in layers], [ffn[l] for l in layers]
+    return layers, embd, inner, [heads[l] for l in layers], [ffn[l] for l in layers]
 
 @patch
 def _exchanged(self: SearchSpace, rng, sub) -> Subnet:
@@ -355,7 +391,10 @@ def _exchanged(self: SearchSpace, rng, sub) -> Subnet:
     gone, noise = set(rng.sample(kept, k)), np.random.default_rng(rng.getrandbits(64))
     ranked = self.draw(noise, axis, len(kept) + k, None if at is None else sub.layers[at], (sub,))   # all that are kept, and k others
     new = tuple(i for i in ranked if i not in gone)
-    return replace(sub, embd=new) if at is None else replace(sub, **{axis: (*getattr(sub, axis)[:at], new, *getattr(sub, axis)[at + 1:])})
+    if at is None: return replace(sub, embd=new)
+    out = {axis: (*getattr(sub, axis)[:at], new, *getattr(sub, axis)[at + 1:])}
+    if sub.queries and axis == 'heads': out['queries'] = self._queries(sub.layers, out['heads'], self.inner_of(sub)[0], noise, (sub,))
+    return replace(sub, **out)
 
 @patch
 def mutate(self: SearchSpace,
@@ -368,8 +407,8 @@ def mutate(self: SearchSpace,
     for _ in range(50):
         if exchange and rng.random() < .5: new = self._exchanged(rng, sub)
         else:
-            layers, embd, heads, ffn = self._mutated(rng, sub, bin)
-            new = self._fit(rng, layers, embd, bin, heads, ffn, (sub,))
+            layers, embd, inner, heads, ffn = self._mutated(rng, sub, bin)
+            new = self._fit(rng, layers, embd, bin, inner, heads, ffn, (sub,))
         if new and new != sub: return new
     return self.sample(rng, bin)
 
@@ -387,7 +426,7 @@ def crossover(self: SearchSpace,
         layers = [l for l in sorted({**parents[0], **parents[1]}) if (l in parents[0]) + (l in parents[1]) + rng.random() > 1.5] or list(parents[0])
         sizes = [rng.choice([p for p in parents if l in p])[l] for l in layers]
         if self.uniform: sizes = [rng.choice(sizes)] * len(layers)
-        new = self._fit(rng, layers, len(rng.choice([a, b]).embd), bin, [h for h, _ in sizes], [f for _, f in sizes], (a, b))
+        new = self._fit(rng, layers, len(rng.choice([a, b]).embd), bin, self.inner_of(rng.choice([a, b])), [h for h, _ in sizes], [f for _, f in sizes], (a, b))
         if new: return new
     return self.mutate(rng, a, bin)
 
@@ -396,7 +435,7 @@ def crossover(self: SearchSpace,
 def one_shot(self: SearchSpace, bin: Bin) -> Subnet:
     "The sub-network of the teacher's proportions, first entries of each order; in the family's own words if it can be. Raises as `shapes` does."
     found = sorted(self._proportioned(bin), key=lambda f: f[0])
-    found = next((f for f in found if self.supernet.native(f[2], f[3])), found[0] if found else None)
+    found = next((f for f in found if self.supernet.native(f[2], f[3], self.inner[0][0])), found[0] if found else None)
     if found is None: return self._one_shot_any(bin)
     _, n, embd, heads, ffn = found
     return self.build(self.orders.layers[:n], embd, [heads] * n, [ffn] * n)
@@ -407,10 +446,10 @@ def _proportioned(self: SearchSpace, bin):
     s, r = self.supernet.sizes, self.ranges
     for n, embd in self.shapes(bin):
         part = embd / s['embd']
-        totals, first, last = self._room(n, [embd], (*self.budgets, bin), uniform=True)
+        totals, first, last = self._room(n, [embd], (*self.budgets, bin), self.inner[0], uniform=True)
         fits, grid = first[0] <= last[0], self._totals('ffn', n, uniform=True)
         wish = min(max(r['heads'].step * round(s['heads'] * part / r['heads'].step), r['heads'][0]), r['heads'][-1])
-        total = self._nearest(n, embd, totals[fits], n * wish) if fits.any() else None
+        total = self._nearest(n, embd, totals[fits], n * wish, self.inner[0]) if fits.any() else None
         if total is None: continue
         first, last = (int(o[0, totals == total][0]) for o in (first, last))
         ffn = grid[min(max(round((n * s['ffn'] * part - grid.start) / grid.step), first), last)] // n
@@ -419,5 +458,6 @@ def _proportioned(self: SearchSpace, bin):
 @patch
 def _one_shot_any(self: SearchSpace, bin):
     "For bins in which no layers that are alike fit: a sample with a fixed seed, with the most important layers."
-    s = self.sample(random.Random(0), bin).sizes
-    return self.build(self.orders.layers[:len(s['layers'])], s['embd'], s['heads'], s['ffn'])
+    sub = self.sample(random.Random(0), bin)
+    s = sub.sizes
+    return self.build(self.orders.layers[:len(s['layers'])], s['embd'], s['heads'], s['ffn'], inner=self.inner_of(sub))

@@ -315,8 +315,8 @@ def test_all_depths_and_widths_are_drawn_alike(deep):
     shapes, expected = space.shapes(bin), len(subs) / len(space.shapes(bin))
     assert set(seen)==set(shapes) and sum((seen.count(s) - expected)**2 / expected for s in shapes) < len(shapes) + 5 * (2 * len(shapes))**.5     # chi-squared
     n, e = max(shapes, key=lambda s: len({sum(map(len, o.heads)) for o in subs if (len(o.layers), len(o.embd))==s}))
-    totals = [sum(map(len, s.heads)) for s in (space._fit(rng, range(n), e, bin) for _ in range(2000))]
-    heads, first, last = space._room(n, [e], (bin,))
+    totals = [sum(map(len, s.heads)) for s in (space._fit(rng, range(n), e, bin, space.inner[0]) for _ in range(2000))]
+    heads, first, last = space._room(n, [e], (bin,), space.inner[0])
     fit = heads[first[0] <= last[0]]
     assert set(totals) <= set(fit) and min(totals) <= fit[len(fit) // 20] and max(totals) >= fit[-len(fit) // 20]
 
@@ -352,3 +352,27 @@ def test_the_cache_budget_binds_heads_and_leaves_neurons_free():
     (lambda net: Bin(1.2, 1.8), 'a whole number in it'), (lambda net: Bin(1, float('inf')), 'high=inf')])
 def test_impossible_constraints(make, message):
     with pytest.raises(ValueError, match=message): make(Supernet(tiny_model(intermediate_size=41)))
+
+
+def test_heads_may_be_cut_inside():
+    "Query heads and head sizes that a space allows are drawn, changed and crossed, and nothing leaves bin or space."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    cfg = LlamaConfig(vocab_size=96, hidden_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=8, intermediate_size=64)
+    net, rng = Supernet(LlamaForCausalLM(cfg)), random.Random(0)
+    bin = ParamBin.around(net.count(net.full), .5)
+    for granularity in GRANULARITIES:
+        space = SearchSpace(net, granularity, round_to=dict(embd=8, ffn=8), query_heads=[1, 3, 4], head_sizes=[4, 8], budgets=[Bin.at_most(500, 'kv_bytes')])
+        subs = [space.sample(rng, bin) for _ in range(40)]
+        children = [space.mutate(rng, s, bin) for s in subs] + [space.crossover(rng, *rng.sample(subs, 2), bin) for _ in subs]
+        assert {space.inner_of(s) for s in subs}=={(q, d) for q in (1, 3, 4) for d in (4, 8)}
+        assert any(space.inner_of(s)!=space.inner_of(c) for s, c in zip(subs, children))
+        for s in subs + children:
+            assert s in space and net.count(s) in bin and net.count(s)==net.extract(s).num_parameters() and net.cost(s, 'kv_bytes') <= 500
+        a = subs[0]
+        child = space.crossover(rng, a, a, bin)
+        assert space.inner_of(child)==space.inner_of(a) and child.queries==a.queries
+        if space.fine: assert len({s.queries for s in subs if space.inner_of(s)[0]==3}) > 5        # not always the first ones
+        else: assert space.one_shot(bin) in space
+    assert SearchSpace(net, head_sizes=[4, 8], native_only=True).inner==[(4, 8)]
+    for wrong in dict(query_heads=[5]), dict(head_sizes=[3]), dict(head_sizes=[9]), dict(query_heads=[0]):
+        with pytest.raises(ValueError): SearchSpace(net, **wrong)
