@@ -748,6 +748,7 @@ def load_model(
     try:
         with quiet(), hub_or_cache(where):
             config = AutoConfig.from_pretrained(where)
+            if getattr(config, 'quantization_config', None): raise NotASupernet("its weights are quantised; give the model as it was before")
             cls = subnet_class(AutoModelForCausalLM._model_mapping[type(config)]) if hasattr(config, 'subnet') else AutoModelForCausalLM
             model, info = cls.from_pretrained(where, dtype=dtype, output_loading_info=True)
         if missing := sorted(info['missing_keys']): raise ValueError(f"it has no weights for {', '.join(missing[:3])}, ... ({len(missing)} in all)")
