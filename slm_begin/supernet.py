@@ -847,8 +847,7 @@ class _Stored:
         for path in files:
             with _opened(path) as f:
                 for key in f.keys():
-                    name = renamed(key)
-                    self.at[name], shapes[name] = (path, key), list(f.get_slice(key).get_shape())
+                    if (name := renamed(key)) in tensors: self.at[name], shapes[name] = (path, key), list(f.get_slice(key).get_shape())
         shared = {}                                                     # tied weights are stored under one of their names
         for name, t in tensors.items(): shared.setdefault(id(t), []).append(name)
         for names in shared.values():
