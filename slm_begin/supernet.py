@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .data import EMBEDDED, assets, hub_or_cache, no_network_hint
+from .data import EMBEDDED, assets, hub_or_cache, load_tokenizer, no_network_hint
 from .draw import draw_subnet
 
 # %% ../nbs/01_supernet.ipynb #c006
@@ -65,6 +65,7 @@ def _flaw(ids) -> str:
     "Why these are no indices; '' if they are."
     if not isinstance(ids, (list, tuple, range)): return f"a {type(ids).__name__} is no list"
     if not ids: return "that is nothing"
+    if isinstance(ids, range): ids = [*{ids[0], ids[-1]}]               # what is between them need not be looked at
     if set(map(type, ids)) != {int}:
         for i in ids:
             if not isinstance(i, Integral) or isinstance(i, bool): return f"{reprlib.repr(i)} is no whole number"
@@ -78,7 +79,7 @@ class Indices(tuple):
         if not isinstance(ids, cls):
             plain = ids.tolist() if isinstance(ids, np.ndarray) else ids
             if why := _flaw(plain): raise SubnetError.of(axis, layer, ids, why, size)
-            self = super().__new__(cls, map(index, plain))
+            self = super().__new__(cls, plain if isinstance(plain, range) else map(index, plain))
             self.top = max(self)
         if size and self.top >= size: raise SubnetError.of(axis, layer, ids, f"{self.top} is not there", size)
         return self
@@ -1000,6 +1001,7 @@ def load_model(
     try:
         with quiet(), hub_or_cache(where):
             config = AutoConfig.from_pretrained(where)
+            if getattr(config, 'quantization_config', None): raise NotASupernet("its weights are quantised; give the model as it was before")
             cls = subnet_class(AutoModelForCausalLM._model_mapping[type(config)]) if hasattr(config, 'subnet') else AutoModelForCausalLM
             model, info = cls.from_pretrained(where, dtype=dtype, output_loading_info=True)
         if missing := sorted(info['missing_keys']): raise ValueError(f"it has no weights for {', '.join(missing[:3])}, ... ({len(missing)} in all)")
@@ -1058,7 +1060,6 @@ def from_pretrained(cls: Supernet,
     dtype: torch.dtype = torch.float32,
 ) -> Supernet:
     "A pretrained model as super-network. Raises `ConnectionError`, `FileNotFoundError` or `ValueError` saying what is wrong with `name`."
-    from slm_begin.data import load_tokenizer
     model = load_model(name, dtype)
     return cls(model, str(name) if name != EMBEDDED else 'novels-7m', load_tokenizer(name))
 
@@ -1094,19 +1095,18 @@ def _renamer(model):
 class _Stored:
     "The tensors of a model, in the files of a folder; each is mapped when it is asked for."
     def __init__(self, folder, model):
-        renamed, self.at, shapes, files = _renamer(model), {}, {}, _weight_files(folder)
+        renamed, self.at, shapes, files, tensors = _renamer(model), {}, {}, _weight_files(folder), model.state_dict(keep_vars=True)
         for path in files:
             with _opened(path) as f:
                 for key in f.keys():
-                    self.at[renamed(key)], shapes[renamed(key)] = (path, key), f.get_slice(key).get_shape()
+                    if (name := renamed(key)) in tensors: self.at[name], shapes[name] = (path, key), list(f.get_slice(key).get_shape())
         shared = {}                                                     # tied weights are stored under one of their names
-        for name, t in model.state_dict(keep_vars=True).items(): shared.setdefault(id(t), []).append(name)
+        for name, t in tensors.items(): shared.setdefault(id(t), []).append(name)
         for names in shared.values():
-            there = next((name for name in names if name in self.at), None)
+            there, shape = next((name for name in names if name in self.at), None), list(tensors[names[0]].shape)
             if there is None: raise ValueError(f"`{names[0]}` is in none of the files of `{folder}` ({', '.join(path.name for path in files)})")
             path, key = self.at[there]
-            if list(shapes[there]) != [*(t := model.state_dict()[there]).shape]:
-                raise ValueError(f"`{key}` in `{path}` has the shape {list(shapes[there])}, but config.json says {[*t.shape]}")
+            if shapes[there] != shape: raise ValueError(f"`{key}` in `{path}` has the shape {shapes[there]}, but config.json says {shape}")
             self.at.update({name: (path, key) for name in names})
 
     def __call__(self, name) -> torch.Tensor:
@@ -1146,7 +1146,8 @@ def from_disk(cls: Supernet,
     if not folder.is_dir(): raise FileNotFoundError(f"model `{folder}`: no such folder")
     try: model = _without_weights(folder, dtype)
     except Exception as e: raise ValueError(f"`{folder / 'config.json'}` describes no model that is known: {type(e).__name__}: {str(e)[:300]}") from e
-    try: net = cls(model, str(folder))
+    tokenizer = load_tokenizer(str(folder)) if (folder / 'tokenizer_config.json').exists() else None
+    try: net = cls(model, str(folder), tokenizer)
     except NotASupernet as e: raise NotASupernet(f"`{folder / 'config.json'}`: {e}") from e
     net.stored = _Stored(folder, model)
     _fill_buffers(model, net.stored)

@@ -315,7 +315,7 @@ def test_a_model_that_is_nowhere(monkeypatch):
         with pytest.raises(FileNotFoundError, match='no such folder'): load_model(name)
 
 
-@pytest.mark.parametrize('what', ['no config', 'cut weights', 'other architecture', 'a layer without weights'])
+@pytest.mark.parametrize('what', ['no config', 'cut weights', 'other architecture', 'a layer without weights', 'quantised'])
 def test_unreadable_models(tmp_path, what):
     net = supernet('plain')
     save_student(net.extract(net.subnet(2, 20, (2, 1), 8)), tmp_path)
@@ -324,7 +324,8 @@ def test_unreadable_models(tmp_path, what):
     if what=='cut weights': (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:500])
     if what=='other architecture': config.write_text(config.read_text().replace('"gpt_neox"', '"no_such"'))
     if what=='a layer without weights': config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(ValueError, match=f'no model can be read from `{tmp_path}`'): load_model(tmp_path)
+    if what=='quantised': config.write_text(config.read_text().replace('{', '{"quantization_config": {"quant_method": "gptq", "bits": 4},', 1))
+    with pytest.raises(ValueError, match=f'no model can be read from `{tmp_path}`' + '.*quantised' * (what=='quantised')): load_model(tmp_path)
 
 
 # Descriptions
