@@ -55,6 +55,7 @@ def readers(supernet: Supernet) -> list[Reader]:
     return out
 
 # %% ../nbs/02_importance.ipynb #c8013
+# From what a reader reads, (windows, T, inputs), and its gradient: (windows, entries)
 def wanda(r, x, g=None): return r.entries(x.pow(2).sum(1) * r.columns).sum(-1)
 def activation(r, x, g=None): return r.entries(x).norm(dim=-1).mean(1).pow(2)          # squares: L2 over windows
 def taylor(r, x, g): return r.entries((x * g).sum(1)).sum(-1).abs()
@@ -226,7 +227,7 @@ def _collect(watch, axis, tokens) -> torch.Tensor:
     for r in watch.layers if axis == 'layers' else watch.readers:
         if r.axis != axis or r.name not in watch.sums: continue
         v = watch.sums[r.name].sqrt() if score == 'activation' else watch.sums[r.name] / tokens
-        found.setdefault(None if axis == 'embd' else r.layer, []).append(v / v.sum() if axis == 'embd' and score == 'wanda' else v)
+        found.setdefault(None if axis == 'embd' else r.layer, []).append(v / v.sum().clamp(min=1e-300) if axis == 'embd' and score == 'wanda' else v)
     if axis == 'embd': return torch.stack(found[None]).mean(0) if score == 'wanda' else torch.stack(found[None]).sum(0)
     return torch.stack([sum(found[i]) for i in sorted(found)]).view(_shapes(watch.net)[axis])
 
