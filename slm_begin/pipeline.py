@@ -43,7 +43,7 @@ from . import __version__
 from .data import EMBEDDED, SPLITS, Batches, Tokens, assets, held_out, load_corpus, load_tokenizer, prepare, read_lines
 from .distill import CrossEntropy, Distill, hidden_states
 from .evaluate import all_in, generate, perplexity, to_match, train_flops, with_flops
-from .importance import KINDS, Importance, measure, orders
+from .importance import KINDS, Importance, measure, measure_cost, orders
 from .pretrain import Stopped, TrainConfig, pretrain
 from .search import Fitness, SearchConfig, evolve, random_search
 from .space import GRANULARITIES, ParamBin, SearchSpace
@@ -470,9 +470,7 @@ def stage_flops(self: Run) -> dict[str, tuple[int, int]]: # Stage -> (tokens, FL
     student, full = (lambda n: net.flops(self.typical, n)), (lambda n: net.flops(net.full, n))
     valid, evals = r.evaluation.windows * r.evaluation.seq_len, len(r.train.eval_steps())
     out = dict(teacher=(valid, valid * full(r.evaluation.seq_len)))
-    if self.uses_importance:
-        n = r.importance.windows * r.importance.seq_len
-        out['importance'] = n, n * full(r.importance.seq_len)
+    if self.uses_importance: out['importance'] = measure_cost(net, r.importance.windows, r.importance.seq_len)
     if self.uses_search:
         n = r.search.evaluations * r.fitness.windows * r.fitness.seq_len
         out['search'] = n, n * student(r.fitness.seq_len)

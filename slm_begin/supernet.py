@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['AXES', 'INNER', 'AXIS_WORDS', 'CONFIG_NAMES', 'TEACH', 'LAYOUTS', 'PROBE', 'CHANGES', 'MEASURES', 'PAIRINGS',
-           'COLUMNS', 'SubnetError', 'Indices', 'Subnet', 'axis_in', 'extent', 'entries', 'units_of', 'config_name',
-           'config_words', 'config_sizes', 'resized', 'NotASupernet', 'is_matrix', 'AxisTable', 'probe_config',
-           'infer_axes', 'family_of', 'Supernet', 'fit_modules', 'layer_configs', 'fit_heads', 'subnet_class', 'Rotary',
-           'rotary_width', 'modeling_source', 'quiet', 'save_student', 'load_model', 'mean_loss']
+           'COLUMNS', 'SubnetError', 'Indices', 'Subnet', 'axis_in', 'extent', 'entries', 'owners', 'units_of',
+           'config_name', 'config_words', 'config_sizes', 'resized', 'NotASupernet', 'is_matrix', 'AxisTable',
+           'probe_config', 'infer_axes', 'family_of', 'Supernet', 'fit_modules', 'layer_configs', 'fit_heads',
+           'subnet_class', 'Rotary', 'rotary_width', 'modeling_source', 'quiet', 'save_student', 'load_model',
+           'mean_loss']
 
 # %% ../nbs/01_supernet.ipynb #c004
 import copy
@@ -190,6 +191,14 @@ def entries(
             if w == 'size' and head_size is not None: at = at.index_select(i, torch.as_tensor(head_size))
             if w in ('queries', 'fused') and queries is not None: at = _of_each(at, i, queries, range(units['queries'], shape[i]))
         out.append(at.flatten())
+    return torch.cat(out)
+
+def owners(dim: str, size: int, units: dict) -> torch.Tensor: # int64
+    "To which entry of its axis each place of a dimension belongs."
+    out = []
+    for words in map(str.split, dim.split(' + ')):
+        shape = [size if w in AXIS_WORDS else int(units.get(w, w)) for w in words]
+        out.append(torch.arange(size).view([size if w in AXIS_WORDS else 1 for w in words]).expand(shape).flatten())
     return torch.cat(out)
 
 def _of_each(at, dim, queries, more):
@@ -658,7 +667,8 @@ def cost_sizes(self: Supernet,
 ) -> int: # Sizes may be arrays of integers too
     "A measure of any sub-network with these sizes. Raises `ValueError` on an unknown one, and on `flops` without `seq_len`."
     if measure not in MEASURES: raise ValueError(f"`measure` is {measure!r}; choose one of {', '.join(MEASURES)}")
-    if measure == 'flops' and not (seq_len and seq_len > 0): raise ValueError(f"`seq_len` is {seq_len}; `flops` need the length of the windows, at least 1")
+    if measure == 'flops' and (seq_len is None or seq_len < 0): raise ValueError(
+        f"`seq_len` is {seq_len}; `flops` need the length of the windows (0: of the matrices alone)")
     sizes, head_size = (layers, embd, heads, ffn, queries, head_size), head_size or self.head_size
     if measure == 'kv_bytes': return 2 * head_size * heads * dtype.itemsize
     if measure == 'flops': return 2 * self._sum('matrices', *sizes) + 4 * seq_len * head_size * (heads * self.units['queries'] if queries is None else queries)

@@ -234,7 +234,7 @@ def test_account_is_all_in(whole, recipe):
     net = check(recipe).supernet
     full, tokens = net.flops(net.full, 32), 2048
     paid = data['account']
-    assert paid['importance']['flops'] == 4 * 64 * net.flops(net.full, 64)
+    assert paid['importance']['flops'] == 4 * 64 * (3 * net.flops(net.full, 64) - net.flops(net.full, 0))    # its gradient with respect to activations, too
     assert paid['search']['flops'] == sum(h['flops'] for h in data['search']['evolve'])
     assert paid['search']['evaluations'] <= recipe.search.evaluations           # no candidate is measured twice
     for arm in data['arms']:

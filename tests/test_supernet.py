@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel  # MATH is the only CPU kernel that the counter knows
 from torch.utils.flop_counter import FlopCounterMode
 
-from slm_begin.importance import KINDS, Importance, measure, orders
+from slm_begin.importance import KINDS, Importance, measure, measure_cost, orders
 from slm_begin.supernet import AXES, Subnet, SubnetError, Supernet, load_model, mean_loss, save_student
 
 # Every switch of the family: biases, parallel residual, tied embeddings, odd sizes, one of everything, all or a part of the head rotating
@@ -171,7 +171,7 @@ def test_importance_has_the_teachers_shape(name, tmp_path):
     got, s = measure(net, windows, batch=2), net.sizes
     assert (got.layers.shape, got.embd.shape)==((s['layers'],), (s['embd'],))
     assert (got.heads.shape, got.ffn.shape)==((s['layers'], s['heads']), (s['layers'], s['ffn']))
-    assert got.tokens==40 and got.flops==40*net.flops(net.full, 8) and abs(got.embd.sum() - 1) < 1e-4
+    assert (got.tokens, got.flops)==measure_cost(net, 5, 8) and got.tokens==40 and abs(got.embd.sum() - 1) < 1e-4
     for other in measure(net, windows, batch=5), measure(net, windows[[4, 1, 0, 3, 2]], batch=3):
         for k in 'layers', 'embd', 'heads', 'ffn': torch.testing.assert_close(getattr(got, k), getattr(other, k), rtol=1e-4, atol=1e-6)
     got.save(tmp_path/'i.safetensors')
