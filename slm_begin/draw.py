@@ -77,6 +77,13 @@ def _said(sub, teacher, known) -> dict: # For each axis a pair of texts
     all = dict(layers=teacher['layers'], embd=f"{teacher['embd']:,}", **{k: _span(teacher[k]) for k in ('heads', 'ffn')})
     return {axis: (have[axis], f'of {all[axis]}' if known else '') for axis in have}
 
+def _inside(sub) -> str:
+    "What was left out inside the heads, in words."
+    out = []
+    if (q := sub.get('queries')) is not None: out.append(f"{_span([_many(a) // _many(b) for a, b in zip(q, sub['heads'])])} query heads to each head")
+    if (size := sub.get('head_size')) is not None: out.append(f'heads of {_many(size)} entries')
+    return ', '.join(out)
+
 def _cells(axis, kept, layer, teacher, edge) -> str:
     "Two cells: an outline as wide as what the teacher has, coloured where something is kept; and how much that is."
     look = _HATCH if kept is None else f'solid #888{edge};background:{stripes(kept, teacher[axis][layer], PARTS[axis][1])}'
@@ -111,10 +118,10 @@ def draw_subnet(
     sub = _plain(sub)
     known = teacher or sub.get('of')
     teacher = _teacher(sub, known)
-    if order is not None: sub = _placed(sub, _plain(order))
+    inside, sub = _inside(sub), _placed(sub, _plain(order)) if order is not None else sub
     said, names = _said(sub, teacher, known), {'layers': 'layers', **{axis: name for axis, (name, _) in PARTS.items()}}
-    alt = f'{title} keeps ' * bool(title) + ', '.join(f'{names[axis]} {have} {of}'.strip() for axis, (have, of) in said.items())
-    caption = f'<b>{escape(title)}</b> ' * bool(title) + f"{len(sub['layers'])} " + f"of {teacher['layers']} " * bool(known) + 'layers'
+    alt = f'{title} keeps ' * bool(title) + ', '.join([*(f'{names[axis]} {have} {of}'.strip() for axis, (have, of) in said.items()), *[inside] * bool(inside)])
+    caption = f'<b>{escape(title)}</b> ' * bool(title) + f"{len(sub['layers'])} " + f"of {teacher['layers']} " * bool(known) + 'layers' + f'; {inside}' * bool(inside)
     rows = _rows(sub, teacher, '' if known else ';border-right:none')
     look = f"border-collapse:separate;border-spacing:2px;table-layout:fixed;margin:0;font-size:{12 if teacher['layers'] <= 16 else 9}px;line-height:1.25"
     return Drawing(f'<table class="slm-subnet" aria-label="{escape(alt)}" style="width:100%;max-width:480px;{look}">'
