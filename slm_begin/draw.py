@@ -120,7 +120,8 @@ def draw_subnet(
     teacher = _teacher(sub, known)
     inside, sub = _inside(sub), _placed(sub, _plain(order)) if order is not None else sub
     said, names = _said(sub, teacher, known), {'layers': 'layers', **{axis: name for axis, (name, _) in PARTS.items()}}
-    alt = f'{title} keeps ' * bool(title) + ', '.join([*(f'{names[axis]} {have} {of}'.strip() for axis, (have, of) in said.items()), *[inside] * bool(inside)])
+    words = [f'{names[axis]} {have} {of}'.strip() for axis, (have, of) in said.items()] + [inside] * bool(inside)
+    alt = f'{title} keeps ' * bool(title) + ', '.join(words)
     caption = f'<b>{escape(title)}</b> ' * bool(title) + f"{len(sub['layers'])} " + f"of {teacher['layers']} " * bool(known) + 'layers' + f'; {inside}' * bool(inside)
     rows = _rows(sub, teacher, '' if known else ';border-right:none')
     look = f"border-collapse:separate;border-spacing:2px;table-layout:fixed;margin:0;font-size:{12 if teacher['layers'] <= 16 else 9}px;line-height:1.25"
