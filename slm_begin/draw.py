@@ -122,7 +122,8 @@ def draw_subnet(
     said, names = _said(sub, teacher, known), {'layers': 'layers', **{axis: name for axis, (name, _) in PARTS.items()}}
     words = [f'{names[axis]} {have} {of}'.strip() for axis, (have, of) in said.items()] + [inside] * bool(inside)
     alt = f'{title} keeps ' * bool(title) + ', '.join(words)
-    caption = f'<b>{escape(title)}</b> ' * bool(title) + f"{len(sub['layers'])} " + f"of {teacher['layers']} " * bool(known) + 'layers' + f'; {inside}' * bool(inside)
+    caption = f'<b>{escape(title)}</b> ' * bool(title) + f"{len(sub['layers'])} " + f"of {teacher['layers']} " * bool(known) + 'layers'
+    if inside: caption += f'; {inside}'
     rows = _rows(sub, teacher, '' if known else ';border-right:none')
     look = f"border-collapse:separate;border-spacing:2px;table-layout:fixed;margin:0;font-size:{12 if teacher['layers'] <= 16 else 9}px;line-height:1.25"
     return Drawing(f'<table class="slm-subnet" aria-label="{escape(alt)}" style="width:100%;max-width:480px;{look}">'
