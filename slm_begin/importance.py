@@ -214,7 +214,7 @@ class _Watch:
         handles = [r.module.register_forward_pre_hook(self.reads(r)) for r in self.readers] + \
                   [r.module.register_forward_hook(self.turns(r), with_kwargs=True) for r in self.layers]
         if self.gradients: handles.append(self.net.model.get_input_embeddings().register_forward_hook(self.leaf))
-        with _hooks(handles), torch.set_grad_enabled(self.gradients):
+        with _hooks(handles), torch.inference_mode(False), torch.set_grad_enabled(self.gradients):
             loss = _nats(self.net.model, rows)
             if self.gradients: loss.backward(inputs=[self.embedded])                            # of this and nothing else
         self.last = self.embedded = None
@@ -285,6 +285,7 @@ def measure(
 ) -> Importance:
     "Scores of all parts of the teacher, which stays as it is. Raises `ValueError` on unknown scores, unreadable windows, or NaN in the teacher."
     start, by = time.perf_counter(), scores_by_axis(score)
+    if batch < 1: raise ValueError(f"`batch` is {batch}; it must be at least 1")
     windows = _checked(supernet, windows)
     watch, loss, n, found = _Watch(supernet, by), 0., windows[:, 1:].numel(), {}
     if {*by.values()} - {'weight', 'random'}:
