@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import __version__
-from .supernet import AXES, Supernet, axis_in, is_matrix, parts
+from .supernet import AXES, Supernet, axis_in, entries, is_matrix
 
 # %% ../nbs/02_importance.ipynb #c8010
 @dataclass(frozen=True)
@@ -66,15 +66,16 @@ def cosine(x, out): return (1 - torch.cosine_similarity(x, out, dim=-1)).sum(1) 
 
 def weight(supernet: Supernet) -> dict[str, torch.Tensor]: # Axis -> scores
     "The sum of squares of all weights that go with an entry."
-    out = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(supernet).items()}
+    out, where = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(supernet).items()}, {}
     for name, p in supernet.model.named_parameters():
         dims, layer = supernet.axes_of(name)
         squares = _exact(p.detach()).pow(2).cpu().double()
         if layer is not None: out['layers'][layer] += squares.sum()
         for dim, what in enumerate(dims):
             if (axis := axis_in(what)) not in AXES: continue
-            of = torch.cat([torch.arange(supernet.sizes[axis]).repeat_interleave(block).repeat(n) for n, block in parts(what, supernet.units)])
-            (out[axis] if axis == 'embd' else out[axis][layer]).index_add_(0, of, squares.movedim(dim, 0).reshape(len(of), -1).sum(1))
+            if what not in where: where[what] = torch.stack([entries(what, [i], size, supernet.units) for size in [supernet.sizes[axis]] for i in range(size)])
+            found = squares.movedim(dim, 0).reshape(p.shape[dim], -1).sum(1)[where[what]].sum(1)
+            (out[axis] if axis == 'embd' else out[axis][layer]).add_(found)
     return out
 
 def _shapes(supernet) -> dict:
@@ -256,7 +257,9 @@ def measure_cost(
 
 # %% ../nbs/02_importance.ipynb #c8023
 def _checked(supernet, windows) -> torch.Tensor: # int64
-    "Raises `ValueError` on windows that the teacher cannot read."
+    "Raises `ValueError` on teachers that cannot be measured, and on windows that they cannot read."
+    if not supernet.full.uniform: raise ValueError(f"{supernet} has layers of different sizes; importance is measured where they have one size")
+    if next(supernet.model.parameters()).is_meta: raise ValueError(f"{supernet} has no weights in memory: load them to measure it")
     if not isinstance(windows, torch.Tensor) or windows.dim() != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
         got = f"{windows.dtype} {tuple(windows.shape)}" if isinstance(windows, torch.Tensor) else type(windows).__name__
         raise ValueError(f"`windows` is {got}; it must hold token ids, (n, T + 1), at least one window of two tokens: give more calibration text")

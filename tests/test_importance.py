@@ -297,6 +297,10 @@ def test_a_teacher_that_computes_nan(score):
     with pytest.raises(ValueError, match='computes NaN or infinity'): measure(net, some_windows(), by(axis, score))
     assert checksum(net.model)==before
 
+def test_a_teacher_without_weights():
+    with torch.device('meta'): net = Supernet(type(tiny('llama').model)(tiny('llama').config))
+    with pytest.raises(ValueError, match='has no weights in memory: load them'): measure(net, some_windows())
+
 def test_no_batch():
     with pytest.raises(ValueError, match='`batch` is 0; it must be at least 1'): measure(tiny('llama'), some_windows(), batch=0)
 
