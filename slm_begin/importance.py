@@ -250,9 +250,9 @@ def measure_cost(
 ) -> tuple[int, int]: # Tokens read, FLOPs
     "What `measure` costs: a pass, its gradient with respect to activations if a score needs it, and for `loss` a pass for each layer."
     by, n = {*scores_by_axis(score).values()}, windows * seq_len
-    whole, matrices = (supernet.flops(supernet.full, t) for t in (seq_len, 0))
+    whole, one, two = (supernet.flops(supernet.full, t) for t in (seq_len, 1, 2))
     passes = bool(by - {'weight', 'random'}) + supernet.sizes['layers'] * ('loss' in by)
-    backward = 2 * whole - matrices if by & {'taylor', 'fisher'} else 0                        # as much for matrices, twice as much for attention
+    backward = 2 * whole - (2 * one - two) if by & {'taylor', 'fisher'} else 0                 # as much for matrices, twice as much for attention
     return n * passes, n * (passes * whole + backward)
 
 # %% ../nbs/02_importance.ipynb #c8023
