@@ -169,7 +169,7 @@ class _Watch:
         handles = [r.module.register_forward_pre_hook(self.reads(r)) for r in self.readers] + \
                   [r.module.register_forward_hook(self.turns(r), with_kwargs=True) for r in self.layers]
         if self.gradients: handles.append(self.net.model.get_input_embeddings().register_forward_hook(self.leaf))
-        with _hooks(handles), torch.set_grad_enabled(self.gradients):
+        with _hooks(handles), torch.inference_mode(False), torch.set_grad_enabled(self.gradients):
             loss = _nats(self.net.model, rows)
             if self.gradients: loss.backward(inputs=[self.embedded])                            # of this and nothing else
         self.last = self.embedded = None
@@ -204,14 +204,16 @@ def measure_cost(
 ) -> tuple[int, int]: # Tokens read, FLOPs
     "What `measure` costs: a pass, its gradient with respect to activations if a score needs it, and for `loss` a pass for each layer."
     by, n = {*scores_by_axis(score).values()}, windows * seq_len
-    whole, matrices = (supernet.flops(supernet.full, t) for t in (seq_len, 0))
+    whole, one, two = (supernet.flops(supernet.full, t) for t in (seq_len, 1, 2))
     passes = bool(by - {'weight', 'random'}) + supernet.sizes['layers'] * ('loss' in by)
-    backward = 2 * whole - matrices if by & {'taylor', 'fisher'} else 0                        # as much for matrices, twice as much for attention
+    backward = 2 * whole - (2 * one - two) if by & {'taylor', 'fisher'} else 0                 # as much for matrices, twice as much for attention
     return n * passes, n * (passes * whole + backward)
 
 # %% ../nbs/02_importance.ipynb #c8023
 def _checked(supernet, windows) -> torch.Tensor: # int64
-    "Raises `ValueError` on windows that the teacher cannot read."
+    "Raises `ValueError` on teachers that cannot be measured, and on windows that they cannot read."
+    if not supernet.full.uniform: raise ValueError(f"{supernet} has layers of different sizes; importance is measured where they have one size")
+    if next(supernet.model.parameters()).is_meta: raise ValueError(f"{supernet} has no weights in memory: load them to measure it")
     if not isinstance(windows, torch.Tensor) or windows.dim() != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
         got = f"{windows.dtype} {tuple(windows.shape)}" if isinstance(windows, torch.Tensor) else type(windows).__name__
         raise ValueError(f"`windows` is {got}; it must hold token ids, (n, T + 1), at least one window of two tokens: give more calibration text")
@@ -239,8 +241,8 @@ def measure(
     say=None,  # Called with a line of progress after each batch
 ) -> Importance:
     "Scores of all parts of the teacher, which stays as it is. Raises `ValueError` on unknown scores, unreadable windows, or NaN in the teacher."
-    if not supernet.full.uniform: raise ValueError(f"{supernet} has layers of different sizes; importance is measured where they have one size")
     start, by = time.perf_counter(), scores_by_axis(score)
+    if batch < 1: raise ValueError(f"`batch` is {batch}; it must be at least 1")
     windows = _checked(supernet, windows)
     watch, loss, n, found = _Watch(supernet, by), 0., windows[:, 1:].numel(), {}
     if {*by.values()} - {'weight', 'random'}:

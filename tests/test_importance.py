@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_families import tiny
+from test_families import FAMILIES as EVERY, tiny
 from test_supernet import checksum
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,6 +165,19 @@ def test_flops_add_up(score):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: got = measure(net, windows, by(axis, score))
     assert got.flops==0==counter.get_total_flops() if score == 'weight' else abs(got.flops / counter.get_total_flops() - 1) < .01
 
+@pytest.mark.parametrize('family', EVERY)
+def test_every_family_can_be_scored(family):
+    net = tiny(family)
+    for score in 'default', dict(layers='taylor', embd='activation', heads='taylor', ffn='fisher'):
+        got = measure(net, some_windows(2), score)
+        got.check(net)
+        assert all((getattr(got, axis) >= 0).all() and getattr(got, axis).std() > 0 for axis in AXES)
+
+def test_gradients_also_in_inference_mode():
+    net, windows = tiny('llama'), some_windows()
+    want = measure(net, windows)
+    with torch.inference_mode(): assert measure(net, windows).heads.equal(want.heads)
+
 def test_half_precision_is_summed_in_full():
     net = tiny('llama')
     want, got = measure(net, some_windows()), measure(Supernet(copy.deepcopy(net.model).bfloat16()), some_windows())
@@ -283,5 +296,12 @@ def test_a_teacher_that_computes_nan(score):
     before, axis = checksum(net.model), SCORES[score][0]
     with pytest.raises(ValueError, match='computes NaN or infinity'): measure(net, some_windows(), by(axis, score))
     assert checksum(net.model)==before
+
+def test_a_teacher_without_weights():
+    with torch.device('meta'): net = Supernet(type(tiny('llama').model)(tiny('llama').config))
+    with pytest.raises(ValueError, match='has no weights in memory: load them'): measure(net, some_windows())
+
+def test_no_batch():
+    with pytest.raises(ValueError, match='`batch` is 0; it must be at least 1'): measure(tiny('llama'), some_windows(), batch=0)
 
 def test_defaults_are_scores(): assert all(axis in SCORES[s] for axis, s in DEFAULT.items()) and scores_by_axis()==DEFAULT

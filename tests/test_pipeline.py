@@ -234,7 +234,8 @@ def test_account_is_all_in(whole, recipe):
     net = check(recipe).supernet
     full, tokens = net.flops(net.full, 32), 2048
     paid = data['account']
-    assert paid['importance']['flops'] == 4 * 64 * (3 * net.flops(net.full, 64) - net.flops(net.full, 0))    # its gradient with respect to activations, too
+    long, one, two = (net.flops(net.full, t) for t in (64, 1, 2))
+    assert paid['importance']['flops'] == 4 * 64 * (3 * long - (2 * one - two))     # gradients cost as much as matrices and twice as much as attention
     assert paid['search']['flops'] == sum(h['flops'] for h in data['search']['evolve'])
     assert paid['search']['evaluations'] <= recipe.search.evaluations           # no candidate is measured twice
     for arm in data['arms']:
