@@ -43,7 +43,7 @@ from . import __version__
 from .data import EMBEDDED, SPLITS, Batches, Tokens, assets, held_out, load_corpus, load_tokenizer, prepare, read_lines
 from .distill import CrossEntropy, Distill, hidden_states
 from .evaluate import all_in, generate, perplexity, to_match, train_flops, with_flops
-from .importance import KINDS, Importance, measure, measure_cost, orders
+from .importance import KINDS, SCORES, Importance, measure, measure_cost, orders
 from .pretrain import Stopped, TrainConfig, pretrain
 from .search import Fitness, SearchConfig, evolve, random_search
 from .space import GRANULARITIES, ParamBin, SearchSpace
@@ -93,12 +93,20 @@ class SpaceConfig:
     "Which sub-networks are considered."
     granularity: str = 'coarse-layerwise'  # coarse-uniform, coarse-layerwise, fine-uniform or fine-layerwise
     order: str = 'importance'  # What comes first on each axis: importance, identity or random
-    round_to: dict[str, int] = field(default_factory=lambda: dict(embd=16, ffn=32))  # Sizes are multiples of these
+    score: str = 'default'  # How importance is measured: default (the best we know for each axis), or one score for all axes that have it
+    round_to: dict[str, int] = field(default_factory=lambda: dict(embd=16, heads=1, ffn=32))  # Sizes are multiples of these
+    at_least: dict[str, int] = field(default_factory=dict)  # Smallest sizes of layers, embd, heads and ffn
+    native_only: bool = False  # Only shapes that the family's own config can say, so that plain `from_pretrained` loads every student
+    max_aspect: float | None = None  # Largest ratio of width to depth
+    query_heads: list[int] | None = None  # How many query heads may stay with each key and value; all if not given
+    head_sizes: list[int] | None = None  # Sizes that heads may have; the teacher's if not given
 
     def __post_init__(self):
-        _one_of(self, granularity=GRANULARITIES, order=KINDS)
-        for k, v in self.round_to.items():
-            if k not in ('embd', 'ffn') or v < 1: raise ValueError(f"`round_to` is {self.round_to}; it must give numbers from 1 on for embd and ffn")
+        _one_of(self, granularity=GRANULARITIES, order=KINDS, score=('default', *SCORES))
+        for name, axes in dict(round_to=('embd', 'heads', 'ffn'), at_least=AXES).items():
+            given = getattr(self, name)
+            if any(k not in axes or v < 1 for k, v in given.items()):
+                raise ValueError(f"`{name}` is {given}; it must give numbers from 1 on for {', '.join(axes)}")
 
 @dataclass
 class WindowsConfig:
@@ -365,7 +373,8 @@ class Run:
         return ParamBin.around(full, self.recipe.bin.fraction, self.recipe.bin.tolerance)
 
     def space_of(self, order) -> SearchSpace:
-        return SearchSpace(self.supernet, self.recipe.space.granularity, order, self.recipe.space.round_to)
+        settings = {k: v for k, v in vars(self.recipe.space).items() if k not in ('order', 'score')}
+        return SearchSpace(self.supernet, orders_=order, **settings)
 
     @cached_property
     def typical(self) -> Subnet:
@@ -470,7 +479,7 @@ def stage_flops(self: Run) -> dict[str, tuple[int, int]]: # Stage -> (tokens, FL
     student, full = (lambda n: net.flops(self.typical, n)), (lambda n: net.flops(net.full, n))
     valid, evals = r.evaluation.windows * r.evaluation.seq_len, len(r.train.eval_steps())
     out = dict(teacher=(valid, valid * full(r.evaluation.seq_len)))
-    if self.uses_importance: out['importance'] = measure_cost(net, r.importance.windows, r.importance.seq_len)
+    if self.uses_importance: out['importance'] = measure_cost(net, r.importance.windows, r.importance.seq_len, r.space.score)
     if self.uses_search:
         n = r.search.evaluations * r.fitness.windows * r.fitness.seq_len
         out['search'] = n, n * student(r.fitness.seq_len)
@@ -709,7 +718,7 @@ def do_teacher(self: Run):
 
 @patch
 def do_importance(self: Run):
-    found = measure(self.supernet, self.windows('calib', self.recipe.importance), say=self.say)
+    found = measure(self.supernet, self.windows('calib', self.recipe.importance), self.recipe.space.score, say=self.say)
     tmp = self.out / 'importance.tmp.safetensors'
     found.save(tmp)
     os.replace(tmp, self.out / 'importance.safetensors')

@@ -15,6 +15,7 @@ from conftest import tiny_model
 
 from slm_begin import pipeline
 from slm_begin.data import read_lines
+from slm_begin.importance import Importance
 from slm_begin.pipeline import Arm, Recipe, TeacherRecipe, check, claim, collect, load_recipe, make_report, plan, recipe_yaml, recipes, run, train_teacher
 from slm_begin.pretrain import Stopped
 
@@ -112,6 +113,8 @@ def test_every_setting_is_told(tmp_path):
     ('bin: {tolerance: .nan}', '`bin.tolerance` is nan; it must lie between 0 and 0.5'),
     ('space: {granularity: finest}', 'choose one of coarse-uniform, coarse-layerwise, fine-uniform, fine-layerwise'),
     ('space: {round_to: {layers: 2}}', '`space.round_to` is'),
+    ('space: {at_least: {depth: 2}}', '`space.at_least` is'),
+    ('space: {score: best}', "`space.score` is 'best'; choose one of default, wanda"),
     ('fitness: {windows: 0}', '`fitness.windows` is 0; it must be at least 1'),
     ('search: {elites: 99}', '`search.elites` is 99; it must not exceed'),
     ('text: {train: a.txt, calib: a.txt}', '`text.train`, `calib` and `valid` must be different texts; `a.txt` is given twice'),
@@ -166,6 +169,9 @@ def test_teacher_recipe_is_what_the_embedded_teacher_was_trained_with():
     (['--samples.tokens=64'], '`samples.tokens` is 64; the teacher'),
     (['--text.max_tokens=100'], '`text.max_tokens` is 100; one batch alone needs 257'),
     (['--space.round_to.embd=65'], '`round_to` has embd=65'),
+    (['--space.max_aspect=1'], '`max_aspect` is 1'),
+    (['--space.head_sizes=[17]'], '`head_size`: cannot keep 17'),
+    (['--space.query_heads=[2]'], '`queries` of layer 0: cannot keep 2'),
 ])
 def test_check_refuses(change, message, flags, tmp_path):
     (tmp_path/'short.txt').write_text('Too short.', encoding='utf-8')
@@ -478,3 +484,16 @@ def test_teacher_refused(change, message, small, tmp_path):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         train_teacher(load_recipe(tmp_path/'r.yaml', change, TeacherRecipe), tmp_path/'run', say=quiet)
     assert not (tmp_path/'run'/'recipe.yaml').exists()
+
+
+def test_constraints_of_the_space_reach_it(flags, tmp_path):
+    "Every student of a recipe with `native_only` loads with plain `from_pretrained`; smaller heads do not."
+    from transformers import AutoModelForCausalLM
+    more = ['--space.at_least={layers: 2}', '--space.score=weight', '--random_search=false', '--arms=[{"name": "a", "start": "random"}, {"name": "b"}]']
+    run(load_recipe('tiny', [*flags, *more, '--space.native_only=true', '--bin.tolerance=.3']), tmp_path/'native', say=quiet)
+    sizes = [line['sizes'] for line in read_lines(tmp_path/'native'/'search'/'history.jsonl')]
+    assert all(len(s['layers']) > 1 and s['embd']==16 * s['heads'][0] for s in sizes)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path/'native'/'arms'/'b'/'final').config.architectures==['GPTNeoXForCausalLM']
+    run(load_recipe('tiny', [*flags, *more, '--space.head_sizes=[8, 16]']), tmp_path/'smaller', say=quiet)
+    assert {line['sizes'].get('head_size', 16) for line in read_lines(tmp_path/'smaller'/'search'/'history.jsonl')}=={8, 16}
+    assert Importance.load(tmp_path/'smaller'/'importance.safetensors').source['score']==dict(layers='weight', embd='weight', heads='weight', ffn='weight')
