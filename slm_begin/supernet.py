@@ -943,6 +943,7 @@ def _try_rotary(self: Supernet) -> Rotary | None:
         try: logits = net.extract(turned_round).eval()(input_ids=probe.ids).logits
         except (IndexError, RuntimeError): continue                     # columns that are not there
         if (logits - probe.logits).abs().max() < 1e-3 * probe.logits.std(): return rotary
+    _rotaries[id(net.table)] = None
 
 
 # %% ../nbs/01_supernet.ipynb #c815

@@ -276,3 +276,12 @@ def named(config, n):
     "The config of an architecture that was not asked about yet."
     config.asked = n
     return config
+
+
+def test_heads_whose_entries_are_not_paired_in_a_known_way_keep_their_size(monkeypatch):
+    net = tiny('llama')
+    monkeypatch.setattr(supernet, '_rotaries', {})
+    monkeypatch.setattr(supernet, 'PAIRINGS', {'neighbours': supernet.PAIRINGS['neighbours']})     # as if Llama's halves were unknown
+    assert net.rotary is None and set(supernet._rotaries.values())=={None}
+    with pytest.raises(SubnetError, match='how `llama` pairs the entries of its heads is not known'): net.subnet(head_size=4)
+    assert net.subnet(head_size=8)==net.full
