@@ -208,8 +208,9 @@ def test_a_checkpoint_that_is_wrong_is_named(what, why, tmp_path):
 
 def test_a_teacher_on_disk_cannot_be_run(tmp_path):
     disk = Supernet.from_disk(saved(tiny('llama'), tmp_path))
-    for run in lambda: disk.model(ids()), lambda: disk.model.generate(ids(), max_new_tokens=2), lambda: measure(disk, ids()):
+    for run in lambda: disk.model(ids()), lambda: disk.model.generate(ids(), max_new_tokens=2):
         with pytest.raises(ValueError, match='stay on disk, so it cannot be run: load it with `Supernet.from_pretrained`'): run()
+    with pytest.raises(ValueError, match='has no weights in memory: load them to measure it'): measure(disk, ids())
 
 
 # Students where there is no slm_begin
