@@ -140,7 +140,9 @@ def plot_search(
         drawn = ax.scatter([c['parameters'] for c in history], [c['loss'] for c in history], c=[c['generation'] for c in history], cmap='viridis_r',
                            vmin=0, vmax=max(1, generations), s=20, lw=.4, ec='#333333', zorder=2)
         ax.scatter(best['parameters'], best['loss'], s=110, fc='none', ec='#D55E00', lw=1.8, zorder=3)
-        ax.annotate(f"best {best['loss']:.3f}", (best['parameters'], best['loss']), (0, -17), textcoords='offset points', weight='bold', ha='center', zorder=4)
+        place = (best['parameters'] - bin['low']) / max(1, bin['high'] - bin['low'])            # the label stays inside the frame
+        at, ha = ((-6, -17), 'left') if place < .15 else ((6, -17), 'right') if place > .85 else ((0, -17), 'center')
+        ax.annotate(f"best {best['loss']:.3f}", (best['parameters'], best['loss']), at, textcoords='offset points', weight='bold', ha=ha, zorder=4)
         edge = .06 * (bin['high'] - bin['low'])
         ax.set(xlabel='parameters', ylabel='calibration loss (nats a token)', xlim=(bin['low'] - edge, bin['high'] + edge))
         ax.xaxis.set_major_locator(MaxNLocator(6))
