@@ -54,6 +54,7 @@ def _ids(runs: str) -> tuple[int, ...]:
     if any(len(e) > 2 or e[0] > e[-1] for e in ends): raise ValueError(f"{runs!r} has a run that does not go upwards")
     return tuple(i for e in ends for i in range(e[0], e[-1] + 1))
 
+# %% ../nbs/01_supernet.ipynb #c823
 class SubnetError(ValueError):
     "What is wrong with the description of a sub-network, and what is allowed."
     @classmethod
@@ -92,6 +93,7 @@ class Indices(tuple):
         self.top = self[-1]
         return self
 
+# %% ../nbs/01_supernet.ipynb #c824
 @dataclass(frozen=True)
 class Subnet:
     "What a sub-network keeps of its teacher; indices into the teacher's own axes. Raises `SubnetError`."
