@@ -799,12 +799,16 @@ def card(self: Run, arm: Arm, facts: dict, loss: float | None = None) -> str:
         f"{' with knowledge distillation' if arm.objective == 'kd' else ''}; validation loss {loss:.4f} nats a token (perplexity {perplexity(loss):.2f}).")
     plain = self.supernet.expressible(Subnet.from_json(facts['subnet']))
     use = 'Loads with plain `AutoModelForCausalLM.from_pretrained`.' if plain else (
-        'Its layers differ in size: load it with `slm_begin.supernet.load_model`, or with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.')
+        "The family's config cannot say its shape: load it with `slm_begin.supernet.load_model`, "
+        "or `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.")
+    words = dict(layers='layers of the teacher', embd='width', heads='heads in each layer', ffn='MLP in each layer', queries='query heads in each layer',
+                 head_size='head size', lr='learning rate')
+    rows = '\n'.join(f'| {words[k]} | {v} |' for k, v in {**s, 'lr': facts['lr']}.items())
+    where = '' if arm.start == 'random' else ("<details><summary>What it kept, in the teacher's own indices</summary>\n\n"
+        f"```json\n{json.dumps(facts['subnet'])}\n```\n\n</details>\n\n")
     return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [slm_begin]\n---\n\n# {arm.title}\n\n"
             f"A student of {facts['parameters']:,} parameters that began from {began}. Teacher: {self.supernet.name}. {state} {use}\n\n"
-            f"| | |\n|---|---|\n| layers of the teacher | {s['layers']} |\n| width | {s['embd']} |\n| heads in each layer | {s['heads']} |\n"
-            f"| MLP in each layer | {s['ffn']} |\n| learning rate | {facts['lr']} |\n\nMade by slm_begin {__version__}; "
-            f"the run's `recipe.yaml` holds every setting.\n")
+            f"| | |\n|---|---|\n{rows}\n\n{where}Made by slm_begin {__version__}; the run's `recipe.yaml` holds every setting.\n")
 
 # %% ../nbs/08_pipeline.ipynb #c063
 @patch

@@ -227,6 +227,13 @@ def test_run_folder(whole, recipe):
     assert 'tokens/s' in log and '[10/10] report:' in log
 
 
+def test_model_cards_tell_the_lineage(whole, recipe):
+    for arm in recipe.arms:
+        card, facts = (whole/'arms'/arm.name/'final'/'README.md').read_text(encoding='utf-8'), json.loads((whole/'arms'/arm.name/'arm.json').read_text())
+        assert f"| layers of the teacher | {facts['sizes']['layers']} |" in card and f"| learning rate | {facts['lr']} |" in card and 'perplexity' in card
+        assert (json.dumps(facts['subnet']) in card)==(arm.start!='random') and card.count('Teacher: ')==1
+
+
 def test_arms_see_the_same_tokens_in_the_same_order(whole):
     runs = [json.loads(f.read_text()) for f in whole.glob('arms/*/run.json')]
     assert len(runs) == 4 and all(r['data'] == runs[0]['data'] and r['train'] == runs[0]['train'] for r in runs)
