@@ -209,6 +209,12 @@ def test_stretched_positions_stay(rope):
     small = net.extract(net.subnet([0, 2], 20, (1, 2), (20, 12)))
     assert torch.equal(small.model.rotary_emb.inv_freq, net.model.model.rotary_emb.inv_freq)
     assert torch.equal(logits(net.extract(net.full)), logits(net.model))
+    sub, whole = net.subnet(head_size=4), Supernet(net.extract(net.full))            # smaller heads are turned by the angles of the pairs that stay
+    for name, p in whole.model.named_parameters():
+        for dim, what in enumerate(whole.axes_of(name)[0]):
+            gone = [i for i in range(8) if i not in sub.head_size]
+            if axis_in(what)=='heads': p.data.index_fill_(dim, entries(what, None, 2, net.units, head_size=gone), 0)
+    torch.testing.assert_close(logits(net.extract(sub)), logits(whole.model), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('what, why', [
