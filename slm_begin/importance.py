@@ -119,6 +119,7 @@ def _nats(model, rows): # Sum over tokens
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return F.cross_entropy(_exact(logits.flatten(0, 1)), rows[:, 1:].flatten(), reduction='sum')
 
+# %% ../nbs/02_importance.ipynb #c8042
 class _Watch:
     "Hooks that hand what readers read, and what layers make of it, to the scores; `sums` over windows, by module."
     def __init__(self, supernet, by):

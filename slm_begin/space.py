@@ -380,6 +380,7 @@ def _mutated(self: SearchSpace, rng, sub, bin):
     layers = sorted(heads)
     return layers, embd, inner, [heads[l] for l in layers], [ffn[l] for l in layers]
 
+# %% ../nbs/03_space.ipynb #c745
 @patch
 def _exchanged(self: SearchSpace, rng, sub) -> Subnet:
     "The same sizes, with up to an eighth of the entries of one axis (in a layer) exchanged for others."

@@ -619,6 +619,7 @@ def _sum(self: Supernet, kind, layers, embd, heads, ffn, queries=None, head_size
     if queries is None: queries = heads * self.units['queries']
     return o + l * layers + h * heads + q * queries + f * ffn + embd * (oe + le * layers + he * heads + qe * queries + fe * ffn)
 
+# %% ../nbs/01_supernet.ipynb #c825
 @patch
 def count_sizes(self: Supernet,
     layers: int,  # How many
@@ -649,7 +650,6 @@ def flops(self: Supernet,
 ) -> int: # FLOPs a token, a multiply-add being two
     "Cost of a forward pass. Training costs three times that (backward: twice the forward)."
     return self.cost_sizes('flops', *self._totals(sub), seq_len=seq_len)
-
 
 # %% ../nbs/01_supernet.ipynb #c711
 MEASURES = 'parameters', 'non_embedding', 'flops', 'kv_bytes', 'memory'
