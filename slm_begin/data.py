@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'SPLITS', 'SUFFIXES', 'assets', 'hub_or_cache', 'no_network_hint', 'load_corpus', 'load_tokenizer',
-           'tokenizer_hash', 'Manifest', 'tokenize', 'Tokens', 'Batches', 'held_out', 'prepare', 'read_lines']
+           'tokenizer_hash', 'Manifest', 'tokenize', 'Tokens', 'Batches', 'held_out', 'overlap', 'prepare',
+           'read_lines', 'append_line']
 
 # %% ../nbs/00_data.ipynb #c004
 import hashlib
@@ -304,6 +305,42 @@ def held_out(
     import torch
     return torch.from_numpy(np.stack([b.window(i * b.n_windows // n) for i in range(n)]))
 
+# %% ../nbs/00_data.ipynb #c961
+def overlap(
+    windows,  # (n, T) token ids
+    tokens: Tokens,
+    span: int = 50,  # Tokens in a row that must be equal; runs of twice as many are always found
+) -> list[tuple[int, int]]: # (window, position in the text) of each piece of a window that is found, the first of them if there are several
+    "Where pieces of `windows` stand, word for word, in a text."
+    windows = np.asarray(windows)
+    pieces = {bytes(w[at:at + span].astype(np.int64)): i for i, w in enumerate(windows) for at in range(0, w.size - span + 1, span)}
+    if not pieces: return []
+    power = _powers(_BASE, _CHUNK + span)
+    known = np.unique(_hashes(np.concatenate([np.frombuffer(p, np.int64) for p in pieces]), span, power)[::span])
+    found = {}
+    for start in range(0, len(tokens) - span + 1, _CHUNK):
+        ids = tokens.read(start, min(_CHUNK + span - 1, len(tokens) - start))
+        hashes = _hashes(ids, span, power)
+        for at in np.flatnonzero(known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes):
+            same = bytes(ids[at:at + span])                             # equal hashes may be chance
+            if same in pieces: found.setdefault(same, (pieces[same], start + int(at)))
+    return sorted(found.values())
+
+_BASE, _CHUNK = 0x9E3779B97F4A7C15, 2**20                               # odd, so that it has an inverse modulo 2**64
+
+def _powers(base: int, n: int) -> tuple[np.ndarray, np.ndarray]: # Modulo 2**64
+    with np.errstate(over='ignore'):
+        up = np.cumprod(np.full(n, base, np.uint64)) * np.uint64(pow(base, -1, 2**64))
+        down = np.cumprod(np.full(n, pow(base, -1, 2**64), np.uint64)) * np.uint64(base)
+    return up, down
+
+def _hashes(ids: np.ndarray, span: int, powers) -> np.ndarray: # (len(ids) - span + 1,) uint64
+    "The hash of the `span` ids from each position on: a difference of two sums, shifted back."
+    up, down = powers
+    with np.errstate(over='ignore'):
+        sums = np.concatenate([[np.uint64(0)], np.cumsum((ids.astype(np.uint64) + np.uint64(1)) * up[:len(ids)])])
+        return (sums[span:] - sums[:-span]) * down[:len(ids) - span + 1]
+
 # %% ../nbs/00_data.ipynb #c045
 def prepare(
     name: str,  # As for `load_corpus`
@@ -333,7 +370,13 @@ def prepare(
 def read_lines(path) -> list[dict]:
     "The whole lines of a JSON-lines file; none if there is no file."
     out = []
-    for line in Path(path).read_text(encoding='utf-8').splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_bytes().split(b'\n') if Path(path).exists() else []:
         try: out.append(json.loads(line))
-        except json.JSONDecodeError: break
+        except (json.JSONDecodeError, UnicodeDecodeError): pass
     return out
+
+def append_line(path, values: dict):
+    "Add a line to a JSON-lines file, in one write."
+    with open(path, 'a+b') as f:
+        torn = f.seek(0, os.SEEK_END) and f.seek(-1, os.SEEK_END) is not None and f.read(1) != b'\n'
+        f.write(b'\n' * torn + json.dumps(values).encode() + b'\n')

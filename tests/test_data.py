@@ -16,7 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_tokens
 
-from slm_begin.data import Batches, Tokens, _pieces, held_out, load_corpus, load_tokenizer, no_network_hint, prepare, read_lines, tokenize, tokenizer_hash
+from slm_begin.data import (
+    Batches,
+    Tokens,
+    _pieces,
+    append_line,
+    held_out,
+    load_corpus,
+    load_tokenizer,
+    no_network_hint,
+    overlap,
+    prepare,
+    read_lines,
+    tokenize,
+    tokenizer_hash,
+)
 
 docs = ['The first document.\nIt has “two” lines.\n', 'A second — naïve — one.', '日本語 🙂\n\n  spaces\tand tabs ', 'x' * 3000]
 
@@ -360,3 +374,28 @@ def test_lines_of_a_log_that_was_cut(tmp_path):
     for n in range(len(whole) + 1):
         log.write_text(whole[:n])
         assert [o['step'] for o in read_lines(log)]==list(range((whole[:n] + '\n').count('}\n')))
+        before = read_lines(log)
+        append_line(log, dict(step=-1))                             # a cut line stays behind, and nothing else is lost
+        assert read_lines(log)==[*before, dict(step=-1)]
+
+
+def test_overlap_finds_every_long_run_at_any_place(tmp_path):
+    "Against a search by hand: runs of 2 * span - 1 tokens and more are found, wherever they begin; what is not there is not found."
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, 30_000)
+    tokens = write_tokens(tmp_path/'t', ids=ids)
+    for _ in range(40):
+        window, start, at, n = rng.integers(50, 99, 200), int(rng.integers(0, 29_900)), int(rng.integers(0, 100)), int(rng.integers(19, 100))
+        window[at:at + n] = ids[start:start + n]
+        found = overlap(window[None], tokens, span=10)
+        assert found and all(w==0 and start <= p < start + n for w, p in found)
+    assert overlap(rng.integers(50, 99, (5, 200)), tokens, span=10)==[] and overlap(ids[None, :9], tokens, span=10)==[]
+
+
+def test_overlap_across_chunks(tmp_path, monkeypatch):
+    "A run that lies on the border of two chunks is found once."
+    from slm_begin import data
+    monkeypatch.setattr(data, '_CHUNK', 1000)
+    ids = np.random.default_rng(0).integers(0, 60_000, 5_000)
+    tokens = write_tokens(tmp_path/'t', ids=ids)
+    for start in (0, 985, 991, 999, 1000, 1001, 4990): assert overlap(ids[None, start:start + 10], tokens, span=10)==[(0, start)]
