@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['AXES', 'INNER', 'AXIS_WORDS', 'CONFIG_NAMES', 'TEACH', 'LAYOUTS', 'PROBE', 'CHANGES', 'MEASURES', 'PAIRINGS',
-           'COLUMNS', 'SubnetError', 'Indices', 'Subnet', 'axis_in', 'extent', 'entries', 'owners', 'units_of',
-           'config_name', 'config_words', 'config_sizes', 'resized', 'NotASupernet', 'is_matrix', 'AxisTable',
-           'probe_config', 'infer_axes', 'family_of', 'Supernet', 'fit_modules', 'layer_configs', 'fit_heads',
-           'subnet_class', 'Rotary', 'rotary_width', 'modeling_source', 'quiet', 'save_student', 'load_model',
-           'mean_loss']
+           'COLUMNS', 'PRECISIONS', 'SubnetError', 'Indices', 'Subnet', 'axis_in', 'extent', 'entries', 'owners',
+           'units_of', 'config_name', 'config_words', 'config_sizes', 'resized', 'NotASupernet', 'is_matrix',
+           'AxisTable', 'probe_config', 'infer_axes', 'family_of', 'Supernet', 'fit_modules', 'layer_configs',
+           'fit_heads', 'subnet_class', 'Rotary', 'rotary_width', 'modeling_source', 'quiet', 'save_student',
+           'load_model', 'precision_of', 'token_losses', 'mean_loss']
 
 # %% ../nbs/01_supernet.ipynb #c004
 import copy
@@ -1048,23 +1048,38 @@ def _constants(self: Supernet, params):
         if made is None or made.shape != p.shape: raise NotASupernet(f"it is not known how the architecture initialises `{name}`")
         p.copy_(made)
 
+# %% ../nbs/01_supernet.ipynb #c971
+PRECISIONS = 'auto', 'fp32', 'bf16'
+
+def precision_of(
+    setting: str = 'auto',  # auto, fp32 or bf16
+) -> str: # `bf16` or `no`, as Accelerate calls it
+    "The mixed precision to use here."
+    if setting != 'auto': return 'no' if setting == 'fp32' else 'bf16'
+    if torch.cuda.is_available(): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    return 'bf16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'no'
+
 # %% ../nbs/01_supernet.ipynb #c048
 @torch.no_grad()
-def mean_loss(
+def token_losses(
     model,  # A Hugging Face causal LM
     windows: torch.Tensor,  # (n, T + 1) token ids
     batch: int = 8,  # Windows a forward pass
-) -> float: # Nats a token
-    "Mean cross-entropy of the next token over `windows`; the model is put into evaluation mode meanwhile."
-    was_training = model.training
+) -> torch.Tensor: # (n, T) float32, nats, on the CPU
+    "Cross-entropy of each next token in `windows`; the model is put into evaluation mode meanwhile."
+    was_training, out = model.training, []
     model.eval()
-    total = 0.
     for rows in windows.split(batch):
         rows = rows.to(model.device)
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        total += F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction='sum').item()
+        out.append(F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction='none').view(len(rows), -1).cpu())
     model.train(was_training)
-    return total / windows[:, 1:].numel()
+    return torch.cat(out)
+
+def mean_loss(model, windows: torch.Tensor, batch: int = 8) -> float: # Nats a token
+    "The mean of `token_losses`, which has the same parameters."
+    return token_losses(model, windows, batch).mean(dtype=torch.float64).item()
 
 # %% ../nbs/01_supernet.ipynb #c051
 @patch(cls_method=True)

@@ -19,7 +19,8 @@ from conftest import tiny_model, write_tokens
 from slm_begin import pretrain as module
 from slm_begin.data import Batches, Tokens, read_lines
 from slm_begin.distill import CrossEntropy, Distill
-from slm_begin.pretrain import Pretraining, Stopped, TrainConfig, parameter_groups, precision_of, pretrain
+from slm_begin.pretrain import Pretraining, Stopped, TrainConfig, parameter_groups, pretrain
+from slm_begin.supernet import precision_of
 
 cfg = TrainConfig(tokens=24*4*16, seq_len=16, batch_size=4, lr=1e-2, warmup_steps=3, evals=4, precision='fp32', checkpoint_steps=5, seed=1)
 quiet = dict(say=lambda line: None)

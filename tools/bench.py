@@ -10,8 +10,8 @@ import torch
 def attention(repeats=5):
     "A training step with our attention for CPUs against transformers' `sdpa`: the teacher and a student of the demo, in windows of 256 and 512."
     from slm_begin.distill import CrossEntropy
-    from slm_begin.pretrain import fast_attention, precision_of
-    from slm_begin.supernet import Supernet
+    from slm_begin.pretrain import fast_attention
+    from slm_begin.supernet import Supernet, precision_of
     net, cpu = Supernet.from_pretrained(), torch.device('cpu')
     sub = net.subnet([0, 3, 5], 160, 5, 512)
     bf16 = precision_of()=='bf16'
