@@ -315,6 +315,7 @@ class Orders:
     heads: list[list[int]]  # One a layer
     ffn: list[list[int]]  # One a layer
     kind: str = 'identity'
+    flops: int = 0  # That the scores have cost
 
 def orders(
     kind: str,  # importance, identity (keeps prefixes, as the paper does) or random
@@ -328,7 +329,7 @@ def orders(
         if importance is None: raise ValueError("`kind` is 'importance', so `importance` is needed: measure it first")
         importance.check(supernet)
         down = lambda t: t.argsort(dim=-1, descending=True, stable=True).tolist()
-        return Orders(down(importance.layers), down(importance.embd), down(importance.heads), down(importance.ffn), kind)
+        return Orders(down(importance.layers), down(importance.embd), down(importance.heads), down(importance.ffn), kind, importance.flops)
     if kind not in KINDS: raise ValueError(f"`kind` is {kind!r}; choose one of {', '.join(KINDS)}")
     order = (lambda n: rng.sample(range(n), n)) if kind == 'random' else (lambda n: list(range(n)))
     per_layer = lambda n: [order(n) for _ in range(s['layers'])]

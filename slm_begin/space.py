@@ -293,8 +293,9 @@ def _refuse(self: SearchSpace, bins):
     *others, bin = bins
     self._solve(tuple(others))                                          # is it one of those before? Then it says so
     low, high = self._reach(bin, others)
-    within = 'within its budgets ' * bool(others)
-    raise ValueError(f"no sub-network of this space has {bin.low:,} to {bin.high:,} {bin.unit}. Reachable {within}are {low:,} to {high:,}"
+    within, near = 'within its budgets ' * bool(others), self._nearest_to(bin, others)
+    raise ValueError(f"no sub-network of this space has {bin.low:,} to {bin.high:,} {bin.unit}. "
+                     f"The nearest has {bin.of(self.supernet, near):,}: {near}. Reachable {within}are {low:,} to {high:,}"
                      + (", in steps: widen the bin's tolerance or make `round_to` smaller" if low <= bin.high and bin.low <= high else ""))
 
 @patch
@@ -313,6 +314,23 @@ def _reach(self: SearchSpace, bin, bins) -> tuple[int, int]:
         return next(int(values[i]) for i in np.argsort(values) if self.supernet.native(*(int(o[i]) for o in shape)))
     return end(least), -end(most)
 
+@patch
+def _nearest_to(self: SearchSpace, bin, bins) -> Subnet:
+    "A sub-network inside the other bins whose measure is as near to this one as can be."
+    found = []
+    for n, inner in ((n, inner) for n in self.ranges['layers'] for inner in self.inner):
+        if not (embd := self._below_aspect(n)): continue
+        heads, first, last = self._room(n, embd, bins, inner)
+        base, step = self._line(bin, n, embd, heads, self._totals('ffn', n), inner)
+        for k in (bin.low - base) // np.maximum(step, 1), -((base - bin.high) // np.maximum(step, 1)):         # the last one below, the first one above
+            value = (base + step * np.clip(k, first, last))[first <= last]
+            found += zip(np.maximum(bin.low - value, value - bin.high).tolist(), value.tolist())
+    for _, value in sorted(set(found)):
+        exact = (*bins, replace(bin, low=value, high=value))
+        if shapes := [(n, e, i) for i in self.inner for n in self.ranges['layers'] for e in self._widths(n, exact, i)]:
+            n, embd, inner = shapes[0]
+            return self._fit(random.Random(0), range(n), embd, exact, inner)
+
 # %% ../nbs/03_space.ipynb #c722
 @patch
 def _deal(self: SearchSpace, rng, axis, total, like) -> list[int]:
@@ -329,8 +347,8 @@ def _deal(self: SearchSpace, rng, axis, total, like) -> list[int]:
 
 @patch
 def _fit(self: SearchSpace, rng, layers, embd, bin, inner, heads=None, ffn=None, parents=()) -> Subnet | None:
-    "A sub-network of these layers and this width inside the bin, its heads and neurons near those given, or random. None if nothing fits."
-    n, bins = len(layers), (*self.budgets, bin)
+    "A sub-network of these layers and this width inside the bin (or a tuple of all bins), its heads and neurons near those given, or random. None if none is."
+    n, bins = len(layers), bin if isinstance(bin, tuple) else (*self.budgets, bin)
     if (n, embd, inner) not in self._solve(bins)[1]: return None
     totals, first, last = self._room(n, [embd], bins, inner)
     fits, grid = first[0] <= last[0], self._totals('ffn', n)
@@ -347,6 +365,19 @@ def sample(self: SearchSpace, rng: random.Random, bin: Bin) -> Subnet:
     "A random sub-network inside the bin: depth and width uniformly among those that can fit, then heads, then neurons. Raises as `shapes` does."
     n, embd, inner = rng.choice(self._solve((*self.budgets, bin))[0])
     return self._fit(rng, rng.sample(range(self.supernet.sizes['layers']), n), embd, bin, inner)
+
+# %% ../nbs/03_space.ipynb #c930
+@patch
+def fit(self: SearchSpace,
+    rng: random.Random,  # Breaks ties, and draws entries in fine spaces
+    layers,  # Which are kept
+    embd: int,
+    bin: Bin,
+    heads: list[int],  # Wishes, one a layer
+    ffn: list[int],
+) -> Subnet | None: # None if with these layers and this width nothing lies in the bin
+    "The sub-network of these layers and this width inside the bin whose sizes are nearest to what is wished."
+    return next((s for inner in self.inner if (s := self._fit(rng, layers, embd, bin, inner, heads, ffn))), None)
 
 # %% ../nbs/03_space.ipynb #c024
 def _near(rng, value, values):
@@ -462,3 +493,14 @@ def _one_shot_any(self: SearchSpace, bin):
     sub = self.sample(random.Random(0), bin)
     s = sub.sizes
     return self.build(self.orders.layers[:len(s['layers'])], s['embd'], s['heads'], s['ffn'], inner=self.inner_of(sub))
+
+# %% ../nbs/03_space.ipynb #c931
+@patch
+def one_shots(self: SearchSpace, bin: Bin, most: int = 8) -> list[Subnet]:
+    "For each depth (at most so many of them) the sub-network that is nearest to the teacher's proportions; first the one that `one_shot` chooses."
+    found = {}
+    for far, n, embd, heads, ffn in self._proportioned(bin): found[n] = min(found.get(n, (inf,)), (far, embd, heads, ffn))
+    depths = sorted(found)
+    depths = [depths[i * (len(depths) - 1) // max(1, min(most, len(depths)) - 1)] for i in range(min(most, len(depths)))]
+    subs = [self.one_shot(bin)] + [self.build(self.orders.layers[:n], e, [h] * n, [f] * n) for n in depths for _, e, h, f in [found[n]]]
+    return [*dict.fromkeys(subs)]
