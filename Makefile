@@ -57,7 +57,7 @@ distclean: clean  ## the same and $(VENV)
 
 # An installation is a stamp file: made again only when what it was made from changed.
 $(VENV)/.installed-notebook: EXTRAS := [notebook]
-$(VENV)/.installed-dev: EXTRAS := [notebook,dev,eval]
+$(VENV)/.installed-dev: EXTRAS := [notebook,dev,eval,search]
 $(STAMPS): $(INPUTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"slm_begin needs Python 3.10 or newer; this is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
