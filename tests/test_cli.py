@@ -41,7 +41,7 @@ def test_help_of_each_command(name, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['rnu'], 'there is no command `rnu`: did you mean `run`?'),
-    (['xyz'], 'there is no command `xyz`: there are run, plan'),
+    (['xyz'], 'there is no command `xyz`: there are run, search, plan'),
     (['run', '--recipe', 'no-such'], 'there is no recipe `no-such`, neither as a file nor in the package'),
     (['run', '--resmue'], 'there is no flag `--resmue`: did you mean `--resume`?'),
     (['run', '--train.lr', '9'], '`train.lr` is 9.0; it must lie between 0 and 1'),
@@ -93,9 +93,9 @@ def test_plan_run_report_generate(recipe, tmp_path, capsys, monkeypatch):
     assert 'arm evolved-kd' in capsys.readouterr().out and not (tmp_path/'runs').exists()
     assert main(['run', '--recipe', 'mine.yaml']) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == 'done: runs/mine/report/index.html' and '[10/10] report' in out
+    assert out.splitlines()[-1] == 'done: runs/mine/report/index.html' and '[11/11] report' in out
     for args in ['--recipe', 'mine.yaml', '--resume'], ['--resume', '--out', 'runs/mine']:
-        assert main(['run', *args]) == 0 and '9 of 10 stages are finished already' in capsys.readouterr().out
+        assert main(['run', *args]) == 0 and '10 of 11 stages are finished already' in capsys.readouterr().out
     for args in ['--recipe', 'mine.yaml', '--train.lr', '1e-3', '--out', 'runs/mine'], ['--resume', '--out', 'runs/mine', '--train.lr', '1e-3']:
         assert main(['run', *args]) == 2 and 'train.lr (0.002 there, 0.001 here)' in capsys.readouterr().err
     assert main(['report', 'runs/mine']) == 0 and capsys.readouterr().out == 'runs/mine/report/index.html\n'
