@@ -145,12 +145,13 @@ def _short_axis(axis):
 
 # %% ../nbs/09_plots.ipynb #c027
 def plot_search(
-    history: list[dict],  # Lines of the history: `generation`, `parameters`, `loss` (none: left out); `pieces`, if candidates raced
+    history: list[dict],  # Lines of the history: `generation`, `parameters`, `loss` (none: left out); `pieces`, if candidates raced; `final`, as from `settled`
     bin: dict,  # `low` and `high`, in parameters
 ) -> Figure:
     "Candidates of a search: parameters against loss, darker with each generation; those read in part are small triangles, the best is marked."
     scored = _scored(history)
-    best, generations, most = min(scored, key=lambda c: c['loss']), max(c['generation'] for c in scored), max(c.get('pieces', 0) for c in scored)
+    best = min([c for c in scored if c.get('final')] or scored, key=lambda c: c['loss'])            # estimates of others may be lower
+    generations, most = max(c['generation'] for c in scored), max(c.get('pieces', 0) for c in scored)
     early, full = ([c for c in scored if (c.get('pieces', most) < most) == e] for e in (True, False))
     with mpl.rc_context(STYLE):
         fig = Picture(figsize=(5, 2.9), layout='constrained')

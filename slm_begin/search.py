@@ -422,8 +422,9 @@ class SearchResult:
 
 # %% ../nbs/04_search.ipynb #c025a
 def settled(history: list[dict], known: list[dict]) -> list[dict]: # `known` has `key`, `loss`, `pieces`
-    "A history with what was measured at the end in place of what was estimated on the way."
-    known = {k['key']: dict(loss=k['loss'], pieces=k['pieces']) for k in known if k['loss'] < math.inf}
+    "A history with what was measured at the end in place of what was estimated on the way; who was read in full then is `final`."
+    most = max(k['pieces'] for k in known)
+    known = {k['key']: dict(loss=k['loss'], pieces=k['pieces'], final=k['pieces'] == most) for k in known if k['loss'] < math.inf}
     lines = [{**h, **known.get(h['key'], {})} for h in history]
     return [*lines[:-1], {**lines[-1], 'best': min(k['loss'] for k in known.values())}] if known else lines
 

@@ -29,6 +29,7 @@ from slm_begin.search import (
     rerank,
     search,
     search_bins,
+    settled,
 )
 from slm_begin.space import GRANULARITIES, ParamBin, SearchSpace
 from slm_begin.supernet import Subnet, Supernet, mean_loss
@@ -465,6 +466,14 @@ def test_reranking_is_by_where_the_curve_goes_and_resumes(tmp_path):
 def test_curves_that_no_power_law_fits():
     assert extrapolate([(10, math.nan), (20, 4.)], 80)==extrapolate([(10, 4.), (20, math.nan)], 80)==math.inf
     assert extrapolate([(10, 4.), (20, 2.9)], 80, floor=3.)==2.9
+
+
+def test_the_end_of_a_history_is_what_was_measured():
+    "Estimates of the finalists give way to what was measured, and of others stay; the winner is marked."
+    lines = [dict(key=k, loss=loss, pieces=2, best=4.) for k, loss in (('a', 4.), ('b', 5.), ('c', 4.5))]
+    told = settled(lines, [dict(key='b', loss=4.2, pieces=8), dict(key='c', loss=4.4, pieces=4)])
+    assert [(h['loss'], h['pieces'], h.get('final', False)) for h in told]==[(4., 2, False), (4.2, 8, True), (4.4, 4, False)]
+    assert told[-1]['best']==4.2 and lines[1]['loss']==5.
 
 
 # What is seen
