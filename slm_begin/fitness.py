@@ -282,21 +282,24 @@ class Jury:
         common = min((self.asked[s.key] for s in subs if not self.error(s)), default=0)
         return sorted(subs, key=lambda s: self.rank(s, common))
 
-    def price(self, sub: Subnet) -> tuple[int, int]:
-        "Tokens and FLOPs that were asked for."
-        return self.fitness.price(sub, self.asked.get(sub.key, 0))
+# %% ../nbs/03a_fitness.ipynb #c033b
+@patch
+def price(self: Jury, sub: Subnet) -> tuple[int, int]:
+    "Tokens and FLOPs that were asked for."
+    return self.fitness.price(sub, self.asked.get(sub.key, 0))
 
-    def to_go(self, sub: Subnet) -> tuple[int, int]:
-        "Tokens and FLOPs that are left until it is read in full."
-        return tuple(a - b for a, b in zip(self.fitness.price(sub), self.price(sub)))
+@patch
+def to_go(self: Jury, sub: Subnet) -> tuple[int, int]:
+    "Tokens and FLOPs that are left until it is read in full."
+    return tuple(a - b for a, b in zip(self.fitness.price(sub), self.price(sub)))
 
-    @property
-    def account(self) -> dict:
-        "What was asked for: candidates, tokens, FLOPs, seconds; and how many tokens of these were measured now and not known before."
-        prices = [self.price(self.subs[k]) for k in self.asked]
-        seconds = sum(float(self.scores.get(k).seconds[:n].sum()) for k, n in self.asked.items())
-        return dict(evaluations=len(self.asked), **{k: sum(p[i] for p in prices) for i, k in enumerate(('tokens', 'flops'))},
-                    seconds=round(seconds, 3), measured_tokens=self.measured)
+@patch(as_prop=True)
+def account(self: Jury) -> dict:
+    "What was asked for: candidates, tokens, FLOPs, seconds; and how many tokens of these were measured now and not known before."
+    prices = [self.price(self.subs[k]) for k in self.asked]
+    seconds = sum(float(self.scores.get(k).seconds[:n].sum()) for k, n in self.asked.items())
+    return dict(evaluations=len(self.asked), **{k: sum(p[i] for p in prices) for i, k in enumerate(('tokens', 'flops'))},
+                seconds=round(seconds, 3), measured_tokens=self.measured)
 
 # %% ../nbs/03a_fitness.ipynb #c034
 @patch

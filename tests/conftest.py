@@ -25,6 +25,16 @@ def chromium():
     pytest.skip(how)
 
 
+@pytest.fixture
+def one_thread():
+    "As in the processes, so that sums are made in the same order."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny_model(tie=False, seed=0, noise=.1, **kw):
     "A GPT-NeoX of 3 layers and width 32, with weights that are trivial nowhere."
     import torch

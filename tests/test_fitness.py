@@ -32,13 +32,7 @@ from slm_begin.supernet import Supernet
 
 quickly = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "As in the processes, so that sums are made in the same order."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def windows(n=8, t=34, seed=0): return torch.randint(128, (n, t + 1), generator=torch.Generator().manual_seed(seed))

@@ -26,13 +26,7 @@ cfg = TrainConfig(tokens=24*4*16, seq_len=16, batch_size=4, lr=1e-2, warmup_step
 quiet = dict(say=lambda line: None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "As in the processes, so that sums are made in the same order."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -39,13 +39,7 @@ cfg = SearchConfig(population=8, generations=3, elites=3, mutate=3, crossover=2,
 steps = dict(embd=8, ffn=8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "As in the processes, so that sums are made in the same order."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def made(granularity='coarse-layerwise', **kw):
