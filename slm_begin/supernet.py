@@ -8,7 +8,7 @@ __all__ = ['AXES', 'INNER', 'AXIS_WORDS', 'CONFIG_NAMES', 'TEACH', 'LAYOUTS', 'P
            'units_of', 'config_name', 'config_words', 'config_sizes', 'resized', 'NotASupernet', 'is_matrix',
            'AxisTable', 'probe_config', 'infer_axes', 'family_of', 'Supernet', 'fit_modules', 'layer_configs',
            'fit_heads', 'subnet_class', 'Rotary', 'rotary_width', 'modeling_source', 'quiet', 'save_student',
-           'load_model', 'precision_of', 'token_losses', 'mean_loss']
+           'load_model', 'precision_of', 'token_losses', 'mean_loss', 'teacher_hash']
 
 # %% ../nbs/01_supernet.ipynb #c004
 import copy
@@ -1066,20 +1066,38 @@ def token_losses(
     model,  # A Hugging Face causal LM
     windows: torch.Tensor,  # (n, T + 1) token ids
     batch: int = 8,  # Windows a forward pass
+    positions: torch.Tensor | None = None,  # (n, T) of each token within its document, where attention must stay within documents (`document_positions`)
 ) -> torch.Tensor: # (n, T) float32, nats, on the CPU
     "Cross-entropy of each next token in `windows`; the model is put into evaluation mode meanwhile."
     was_training, out = model.training, []
     model.eval()
-    for rows in windows.split(batch):
-        rows = rows.to(model.device)
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    for i, rows in enumerate(windows.split(batch)):
+        rows, at = rows.to(model.device), {}
+        if positions is not None: at['position_ids'] = positions[i * batch:(i + 1) * batch].to(model.device)
+        logits = model(input_ids=rows[:, :-1], use_cache=False, **at).logits
         out.append(F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction='none').view(len(rows), -1).cpu())
     model.train(was_training)
     return torch.cat(out)
 
-def mean_loss(model, windows: torch.Tensor, batch: int = 8) -> float: # Nats a token
+def mean_loss(model, windows: torch.Tensor, batch: int = 8, positions: torch.Tensor | None = None) -> float: # Nats a token
     "The mean of `token_losses`, which has the same parameters."
-    return token_losses(model, windows, batch).mean(dtype=torch.float64).item()
+    return token_losses(model, windows, batch, positions).mean(dtype=torch.float64).item()
+
+# %% ../nbs/01_supernet.ipynb #c881
+def teacher_hash(
+    teacher,  # A `Supernet`, or a Hugging Face causal LM
+) -> str: # 16 hex digits
+    "Equal for equal weights: of the names, the shapes, and 64 evenly spread values of each parameter."
+    model, stored = (teacher, None) if hasattr(teacher, 'state_dict') else (teacher.model, teacher.stored)
+    h = hashlib.sha256(teacher.config.model_type.encode())
+    for name, p in model.state_dict().items():
+        h.update(f'{name}{tuple(p.shape)}{p.dtype}'.encode())
+        if p.device.type != 'meta' and p.numel():
+            at = torch.arange(64, device=p.device) * (p.numel() - 1) // 63
+            h.update(p.detach().flatten()[at].float().cpu().numpy().tobytes())
+    for path in sorted({path for path, _ in stored.at.values()}) if stored else []:      # weights that stay on disk
+        h.update(f'{path.name}{path.stat().st_size}{path.stat().st_mtime_ns}'.encode())
+    return h.hexdigest()[:16]
 
 # %% ../nbs/01_supernet.ipynb #c051
 @patch(cls_method=True)
