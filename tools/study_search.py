@@ -30,7 +30,7 @@ root = Path(__file__).parent.parent
 results, runs = root/'nbs'/'results', root/'runs'/'study-search'
 seeds, budget = range(10), Budget(flops=3e11)                            # about 100 to 150 candidates, raced
 train = TrainConfig(tokens=409_600, seq_len=256, batch_size=8, micro_batch_size=8, lr=2e-3, schedule='wsd', warmup_steps=8, decay=.3, evals=9,
-                    checkpoint_steps=0)                                 # as in the demo
+                    checkpoint_every='')                                 # as in the demo
 quiet = dict(say=lambda line: None)
 
 
