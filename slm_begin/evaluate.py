@@ -28,18 +28,19 @@ def train_flops(
 def all_in(
     tokens: float,  # Tokens that the student was trained on
     student: float,  # FLOPs a token of its forward pass
-    teacher: float = 0,  # FLOPs a token of the teacher's, if it ran along; 0 without distillation
+    teacher: float = 0,  # FLOPs a token of the teacher's, if it read along; 0 without distillation
+    cache: float = 0,  # FLOPs of writing its opinions down, if they were read from a cache
     importance: float = 0,  # FLOPs spent on importance, if this arm's start needed it
     search: float = 0,  # FLOPs spent on the search, likewise
 ) -> dict: # FLOPs of `importance`, `search`, `teacher`, `student`
     "The whole cost of an arm; the sum of the values is its all-in FLOPs."
-    return dict(importance=importance, search=search, teacher=teacher * tokens, student=train_flops(student, tokens))
+    return dict(importance=importance, search=search, teacher=cache + teacher * tokens, student=train_flops(student, tokens))
 
 def with_flops(
     curve: list[dict],  # Points with `tokens`
     **cost,  # As for `all_in`
 ) -> list[dict]: # The same points, each with `flops`: all-in so far
-    "A learning curve with its all-in cost. At 0 tokens, importance and search are paid already."
+    "A learning curve with its all-in cost. At 0 tokens, importance, search and a cache are paid already."
     return [dict(p, flops=sum(all_in(p['tokens'], **cost).values())) for p in curve]
 
 # %% ../nbs/07_evaluate.ipynb #c023

@@ -41,7 +41,7 @@ def test_help_of_each_command(name, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['rnu'], 'there is no command `rnu`: did you mean `run`?'),
-    (['xyz'], 'there is no command `xyz`: there are run, search, plan'),
+    (['xyz'], 'there is no command `xyz`: there are run, search, cache-teacher, pretrain, plan'),
     (['run', '--recipe', 'no-such'], 'there is no recipe `no-such`, neither as a file nor in the package'),
     (['run', '--resmue'], 'there is no flag `--resmue`: did you mean `--resume`?'),
     (['run', '--train.lr', '9'], '`train.lr` is 9.0; it must lie between 0 and 1'),

@@ -29,7 +29,6 @@ from slm_begin.pipeline import (
     recipe_yaml,
     recipes,
     run,
-    run_search,
     train_teacher,
 )
 from slm_begin.pretrain import Stopped
@@ -55,7 +54,7 @@ def made(tmp_path_factory, tok):
 def flags(made):
     "Settings that make the recipe `tiny` a matter of a few seconds."
     return [f'--teacher={made/"teacher"}', *(f'--text.{s}={made/s}.txt' for s in ('train', 'calib', 'valid')), '--space.round_to={embd: 8, ffn: 16}',
-            '--train.seq_len=32', '--train.tokens=2048', '--train.checkpoint_steps=2', '--train.warmup_steps=1', '--samples.tokens=4',
+            '--train.seq_len=32', '--train.tokens=2048', '--train.checkpoint_every=2 steps', '--train.warmup_steps=1', '--samples.tokens=4',
             '--bin.fraction=.5', '--bin.tolerance=.1']
 
 
@@ -110,7 +109,7 @@ def test_every_setting_is_told(tmp_path):
     "Each setting that the help lists can be set, and the help says what the comment beside the field says."
     text = ' '.join(pipeline.recipe_parser().format_help().split())
     for f in fields(Recipe): assert f'--{f.name}' in text
-    assert "Of the teacher's parameters (type: float, default: 0.3)" in text
+    assert "The bin's centre, as a part of the teacher's parameters (type: float, default: 0.3)" in text
     assert 'Peak learning rate (type: float' in text
 
 
@@ -129,7 +128,7 @@ def test_every_setting_is_told(tmp_path):
     ('arms: [{name: a, lr: 7}]', '`arms.0.lr` is 7.0; it must lie between 0 and 1'),
     ('train: {lr: fast}', "`train.lr` is 'fast'; it must be of the type float"),
     ('train: {lr: -1}', '`train.lr` is -1.0; it must lie between 0 and 1'),
-    ('train: {schedule: linear}', "`train.schedule` is 'linear'; choose one of wsd, cosine, constant"),
+    ('train: {schedule: steps}', "`train.schedule` is 'steps'; choose one of wsd, cosine, linear, constant"),
     ('train: 3', '`train` is 3; it must be a mapping of settings'),
     ('bin: {fraction: 1.5}', '`bin.fraction` is 1.5; it must lie between 0 and 1'),
     ('bin: {tolerance: .nan}', '`bin.tolerance` is nan; it must lie between 0 and 0.5'),
@@ -210,13 +209,15 @@ def test_check_refuses(change, message, flags, tmp_path):
 def test_hub_without_network(flags, monkeypatch):
     "No network: said at once, not after half a minute of retries, and the embedded default is named."
     from huggingface_hub import constants
+
+    from slm_begin.data import hub_or_cache
     for k in 'HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy': monkeypatch.delenv(k, raising=False)
     monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
     start = time.perf_counter()
     for change in '--teacher=nobody/no-such-model', '--text.train=nobody/no-such-text:train':
         with pytest.raises(ConnectionError, match='ships in the package: `embedded`'): check(load_recipe('tiny', [*flags, change]))
     assert time.perf_counter() - start < 20
-    with pipeline.hub('embedded'): assert not constants.HF_HUB_OFFLINE
+    with hub_or_cache('embedded'): assert not constants.HF_HUB_OFFLINE
 
 
 def test_tokenizer_must_fit(flags, made, tmp_path):
@@ -319,30 +320,75 @@ def test_starts_of_other_kinds(recipe, tmp_path):
     assert drawn['sizes'] == json.loads((tmp_path/'run'/'search'/'random'/'result.json').read_text(encoding='utf-8'))['sizes']
 
 
-def test_a_search_alone_and_then_the_rest(recipe, whole, tmp_path):
-    found = run_search(recipe, tmp_path/'run', say=quiet)
-    assert found.exists() and not (tmp_path/'run'/'arms').exists()
-    assert run_search(None, tmp_path/'run', resume=True, say=quiet) == found
-    run(None, tmp_path/'run', resume=True, say=quiet)
-    assert ends(tmp_path/'run') == ends(whole)
-    with pytest.raises(ValueError, match='no arm of this recipe starts from a search'):
-        run_search(replace(recipe, arms=[Arm('a', start='one-shot')]), tmp_path/'none', say=quiet)
+def test_a_part_of_a_run_and_then_the_rest(recipe, whole, tmp_path):
+    out = tmp_path/'run'
+    assert run(recipe, out, say=quiet, part='search') == out and (out/'search'/'reranked.json').exists() and not (out/'arms').exists()
+    run(None, out, resume=True, say=quiet, part='pretrain', only=['evolved'])
+    assert [f.parent.name for f in out.glob('arms/*/final')] == ['evolved']
+    said = []
+    run(None, out, resume=True, say=said.append, part='pretrain')
+    assert said[0] == '7 of 10 stages are finished already' and not (out/'report').exists()
+    assert run(None, out, resume=True, say=quiet).exists() and ends(out) == ends(whole)
+
+
+def test_parts_that_are_not_there(recipe, tmp_path):
+    for message, r, kw in [('no arm of this recipe starts from a search', replace(recipe, arms=[Arm('a', start='one-shot')]), dict(part='search')),
+                           ('no arm of this recipe learns from a cached teacher', recipe, dict(part='cache')),
+                           ('there is no arm `evolvd` in this recipe: did you mean `evolved`', recipe, dict(part='pretrain', only=['evolvd'])),
+                           ("`part` is 'serach'; choose one of run, search, cache, pretrain", recipe, dict(part='serach'))]:
+        with pytest.raises(ValueError, match=message): run(r, tmp_path/'run', say=quiet, **kw)
+
+
+def test_arms_as_jobs_of_their_own(recipe, whole, tmp_path):
+    "Two processes train an arm each, at the same time and in the same folder; none of them loses what the other enters into the account."
+    out = tmp_path/'run'
+    run(recipe, out, say=quiet, part='search')
+    jobs = [subprocess.Popen([sys.executable, '-m', 'slm_begin', 'pretrain', '--resume', '--out', str(out), '--only', arm],
+                             env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL) for arm in ('random', 'one-shot')]
+    assert [j.wait(timeout=120) for j in jobs] == [0, 0]
+    account = json.loads((out/'account.json').read_text(encoding='utf-8'))
+    assert {'arm random', 'arm one-shot'} < {*account['finished']} and {'arm random', 'arm one-shot'} < {*account['seconds']}
+
+
+CACHED = Arm('cached', start='one-shot', objective='kd', teacher='cached')
+
+def test_an_arm_with_a_cached_teacher(recipe, tmp_path):
+    "The teacher is paid once, before training; what all arms see is the same."
+    r = replace(recipe, arms=[Arm('ce', start='one-shot'), CACHED], random_search=False)
+    run(r, tmp_path/'run', say=quiet)
+    data = collect(tmp_path/'run')
+    ce, cached = data['arms']
+    made = json.loads((tmp_path/'run'/'account.json').read_text())['cache']
+    assert made['tokens'] == 2048 and cached['cost'] == {**ce['cost'], 'teacher': made['flops']} and ce['cost']['teacher'] == 0
+    assert cached['curve'][0]['flops'] == ce['curve'][0]['flops'] + made['flops'] and cached['seconds']['cache'] == made['seconds']
+    assert 'kl' in [*filter(lambda m: 'loss' in m, read_lines(tmp_path/'run'/'arms'/'cached'/'metrics.jsonl'))][0]
+    planned = {row['stage']: row for row in plan(r).rows}
+    assert planned['cache']['flops'] == made['flops'] and planned['arm cached']['flops'] < planned['arm ce']['flops'] * 1.01
 
 
 @pytest.mark.slow
-def test_a_search_by_two_processes(recipe, whole, tmp_path):
-    "Started by torchrun (`accelerate launch` starts several only on GPUs), with the same result; a whole run is refused there."
-    (tmp_path/'r.yaml').write_text(recipe_yaml(recipe), encoding='utf-8')
-    def launch(command):
+def test_a_run_by_two_processes(recipe, whole, tmp_path):
+    "Started by torchrun (`accelerate launch` starts several only on GPUs): the same search to the bit, and trainings that agree to rounding."
+    r = replace(recipe, arms=[*recipe.arms, CACHED])
+    (tmp_path/'r.yaml').write_text(recipe_yaml(r), encoding='utf-8')
+    def launch(command, *more):
         args = ['torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'slm_begin', command]
-        return subprocess.run([sys.executable, '-m', *args, '--recipe', str(tmp_path/'r.yaml'), '--out', str(tmp_path/'run')], capture_output=True, text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}, timeout=300)
-    done = launch('search')
-    assert not done.returncode, done.stderr
+        done = subprocess.run([sys.executable, '-m', *args, '--recipe', str(tmp_path/'r.yaml'), '--out', str(tmp_path/'run'), *more], capture_output=True,
+                              text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}, timeout=300)
+        assert not done.returncode, done.stderr
+        return done.stdout
+    launch('search')
     told = [[(h['key'], h['pieces'], h['total_tokens']) for h in read_lines(f/'search'/'history.jsonl')] for f in (tmp_path/'run', whole)]
     assert told[0] == told[1]
-    refused = launch('run')
-    assert refused.returncode and 'a whole run is the work of one process' in refused.stderr
+    launch('cache-teacher')
+    assert (tmp_path/'run'/'cache'/'manifest.json').exists() and not (tmp_path/'run'/'arms').exists()
+    launch('pretrain', '--only', 'random')
+    out = launch('run')
+    assert out.count('report: ') == 1 and 'as good as' in out
+    two, one = ({a['name']: a['final_loss'] for a in collect(f)['arms']} for f in (tmp_path/'run', whole))
+    for name, loss in one.items(): assert abs(two[name] - loss) < 2e-3, (name, two[name], loss)
+    start = {a['name']: a['curve'][0]['valid_loss'] for a in collect(tmp_path/'run')['arms']}
+    assert start['cached'] == pytest.approx(start['one-shot'], abs=1e-5) and two['cached'] < start['cached']
 
 
 @pytest.mark.parametrize('role, other', [('calib', 'train'), ('calib', 'valid'), ('valid', 'train')])
@@ -351,9 +397,9 @@ def test_text_that_is_in_two_splits_is_refused(role, other, made, flags, tmp_pat
     (tmp_path/'mixed.txt').write_text(text(role) + text(other), encoding='utf-8')
     windows = [f'--{k}.windows=100' for k in ('importance', 'fitness', 'evaluation')]
     r = load_recipe('tiny', [*flags, *windows, f"--text.{other if other == 'train' else role}={tmp_path/'mixed.txt'}"])
-    with pytest.raises(ValueError, match=f'`text.{role}` and `text.{other}` overlap: .*allow_overlap=true'): run(r, tmp_path/'run', say=quiet)
+    with pytest.raises(ValueError, match=f'`text.{role}` and `text.{other}` overlap: .*allow_overlap=[01]\\.'): run(r, tmp_path/'run', say=quiet)
     assert not (tmp_path/'run'/'teacher.json').exists()
-    allowed = replace(r, text=replace(r.text, allow_overlap=True), arms=[Arm('a', start='random')])
+    allowed = replace(r, text=replace(r.text, allow_overlap=1.), arms=[Arm('a', start='random')])
     assert run(allowed, tmp_path/'other', say=quiet).exists()
 
 
@@ -522,7 +568,7 @@ def test_old_report_survives(whole, tmp_path, monkeypatch):
 def small(made):
     "A teacher that is trained in a second or two."
     flags = """--model.embd=32 --model.layers=2 --model.heads=4 --model.ffn=48 --model.context=64 --train.tokens=5120 --train.seq_len=64 --train.batch_size=8
-        --train.short_len=32 --train.compile=false --train.warmup_steps=2 --train.evals=3 --train.checkpoint_steps=3
+        --train.short_len=32 --train.compile=false --train.warmup_steps=2 --train.evals=3 --train.checkpoint_every=3steps
         --evaluation.seq_len=64 --evaluation.windows=4 --samples.tokens=8"""
     return load_recipe('teacher', [f'--text.train={made}/train.txt', f'--text.valid={made}/valid.txt', *flags.split()], TeacherRecipe)
 
