@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 fast=${1:-}
 export NO_MKDOCS_2_WARNING=1 HF_HUB_DISABLE_TELEMETRY=1 MPLBACKEND=${MPLBACKEND:-agg} PYTHONUNBUFFERED=1
 lib=slm_begin
+export OMP_NUM_THREADS=1                     # two processes work side by side
 step() { printf '\n== %s\n' "$*"; }
 
 step "ruff"
@@ -28,14 +29,14 @@ done
 
 if [ "$fast" = fast ]; then
     step "pytest, without slow tests"
-    exec python -m pytest -m "not slow"
+    exec python -m pytest -n 2 --dist loadfile -m "not slow"
 fi
 
 step "the notebooks run"
-OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
+nbdev_test --n_workers 2 --timing
 
 step "pytest"
-python -m pytest
+python -m pytest -n 2 --dist loadfile
 
 step "README.md is what nbs/index.ipynb says"
 python tools/nb2md.py readme --check
