@@ -1412,7 +1412,8 @@ def begin(recipe, out, resume, say, stop, workers, part, only) -> Run:
     run = Run(recipe, out, Log(out / 'log.txt', say), stop, workers)
     assert run.part(part, only)
     run.check()
-    write_text(out / 'recipe.yaml', recipe_yaml(recipe))
+    try: write_text(out / 'recipe.yaml', recipe_yaml(recipe))
+    except OSError as e: raise OSError(f"the run folder `{out}` cannot be written ({e.strerror}): name another one with `--out`") from e
     if not (out / 'environment.json').exists(): write_json(out / 'environment.json', environment())
     return run
 

@@ -422,6 +422,12 @@ def test_folder_that_is_no_run(recipe, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ['thesis.txt']
 
 
+def test_folder_that_cannot_be_written(recipe, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(OSError, match=r'the run folder `.*run` cannot be written \(Not a directory\): name another one with `--out`'):
+        run(recipe, tmp_path/'file'/'run', say=quiet)
+
+
 class Killed(BaseException): pass
 
 
