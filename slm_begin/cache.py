@@ -215,6 +215,7 @@ def progress(self: CacheWriter, rows: int):
              f"{f', process {self.index + 1} of {self.count}' * (self.count > 1)}  {speed * self.T:,.0f} tokens/s  "
              f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
+# %% ../nbs/05a_cache.ipynb #k026b
 @patch
 def run(self: CacheWriter):
     "Write what is missing of this process' share; the first process then waits for the others and writes the manifest."
@@ -370,6 +371,7 @@ def holds(self: Cache, windows: np.ndarray) -> np.ndarray: # bool
 @patch
 def _row(self: Cache, windows): return self._rows[np.searchsorted(self.windows, windows, sorter=self._rows).clip(max=len(self.windows) - 1)]
 
+# %% ../nbs/05a_cache.ipynb #k038x
 @patch
 def read(self: Cache, windows) -> Opinions:
     "What is known of each token of these windows, one window after the other. Raises `ValueError` if one is not there, or a shard is damaged."

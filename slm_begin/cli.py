@@ -69,6 +69,7 @@ def cache_teacher(
     "The part of a run that writes the teacher's opinions down, for arms with `teacher: cached`."
     part_of_run('cache', settings, recipe, out, resume)
 
+# %% ../nbs/11_cli.ipynb #c008b
 @command('Recipe')
 def pretrain(
     settings,  # The recipe

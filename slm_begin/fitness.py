@@ -432,6 +432,7 @@ def _arrived(self: Workers, jobs, left):
         yield self._told(jobs[i], *self.get(name))
         self.store.delete_key(name)
 
+# %% ../nbs/03a_fitness.ipynb #c042b
 @patch
 def serve(
     self: Workers,
@@ -470,4 +471,3 @@ def wait(self: Workers, name: str):
     told = self.get(name)
     if name == 'end': self.store.add('gone', 1)
     return told
-

@@ -1130,6 +1130,7 @@ def arm_data(
             'train': [dict(tokens=m['tokens'], loss=m['loss']) for m in thin], 'cost': all_in(last['tokens'], **cost), 'seconds': seconds,
             'final_loss': last['valid_loss'], 'perplexity': perplexity(last['valid_loss']), 'samples': _read_json(here / 'samples.json')}
 
+# %% ../nbs/08_pipeline.ipynb #c065b
 def collect(
     folder: str | Path,  # A run folder
 ) -> dict: # Plain data, as in report/data.json

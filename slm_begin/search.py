@@ -44,6 +44,7 @@ class Budget:
 
     def __bool__(self): return any(v is not None for v in vars(self).values())
 
+# %% ../nbs/04_search.ipynb #c006b
 @dataclass
 class SearchConfig:
     "How to search. Raises `ValueError` naming the setting that is out of range."
