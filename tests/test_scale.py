@@ -1,4 +1,5 @@
 "scale: plans for machines that are not here, recipes of large models at full size without weights, and end to end with tiny checkpoints of the same layout."
+import gc
 import json
 import os
 import random
@@ -188,12 +189,9 @@ def tiny():
                                                      max_position_embeddings=64, tie_word_embeddings=False)))
 
 
-def wrapped(rank, port, how, path):
-    "One of two processes: a step of training under DDP or FSDP2, and the bytes that then exist in it."
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo')
-    import torch.distributed as dist
+def bytes_after_a_step(how):
+    "A step of training under DDP or FSDP2, and the bytes that then exist in this process."
     from torch.distributed.fsdp import fully_shard
-    dist.init_process_group('gloo')
     model = tiny().model.requires_grad_(True).train()
     if how == 'fsdp':
         for layer in model.gpt_neox.layers: fully_shard(layer)
@@ -206,8 +204,16 @@ def wrapped(rank, port, how, path):
     out = dict(weights=sum(map(local, model.parameters())), gradients=sum(local(p.grad) for p in model.parameters()),
                optimizer=sum(local(t) for state in optimizer.state.values() for t in state.values() if t.numel() > 1))
     if how == 'ddp': out['buckets'] = sum(map(int, model._get_ddp_logging_data()['bucket_sizes'].split(', ')))
-    Path(path).write_text(json.dumps(out))
-    dist.destroy_process_group()
+    return out
+
+
+def wrapped(rank, port, how, path):
+    "One of two processes. The model goes before the process group: one that outlives it may end in a deadlock (in torch's destructor)."
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo')
+    torch.distributed.init_process_group('gloo')
+    Path(path).write_text(json.dumps(bytes_after_a_step(how)))
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize('how', ['ddp', 'fsdp'])
@@ -217,7 +223,7 @@ def test_bytes_of_distributed_training(how, processes, tmp_path):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     jobs = [processes(wrapped, rank, port, how, str(tmp_path/f'{rank}.json')) for rank in (0, 1)]
-    for j in jobs: j.join(60)
+    for j in jobs: j.join(300)
     assert [j.exitcode for j in jobs] == [0, 0]
     net = tiny()
     said = memory(net, net.full, 1, 32, gpus=2, sharded=how == 'fsdp')
