@@ -2,6 +2,7 @@
 import contextlib
 import gzip
 import http.server
+import importlib.util
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 import numpy as np
@@ -26,6 +28,8 @@ from conftest import tiny_model, write_tokens
 
 from slm_begin import data
 from slm_begin.data import (
+    OTHERS,
+    SPLITS,
     Batches,
     Mixture,
     Stopped,
@@ -641,7 +645,7 @@ def test_one_process_makes_tokens_and_the_others_wait(processes, tok, tmp_path):
     time.sleep(.3)
     assert p.is_alive() and not (tmp_path/'said').read_text()
     prepare(str(tmp_path/'a.txt'), 'train', tok, tmp_path/'t', say=lambda s: None)
-    p.join(30)
+    p.join(300)
     assert p.exitcode==0 and (tmp_path/'said').read_text()=='found'
     with pytest.raises(Stopped, match='another process makes the tokens'): prepare('nothing', 'train', tok, tmp_path/'u', main=False, stop=lambda: True)
 
@@ -778,12 +782,61 @@ def test_weights_can_be_changed_without_tokenising_again(tok, tmp_path):
     assert len(go('.5*@a.txt + .5*@b.txt', max_tokens=50))==100
 
 
-def test_splits_do_not_leak():
+# What ships in the package
+
+@pytest.fixture(scope='module')
+def shipped():
+    "The rows of each split of the embedded corpus."
+    return {s: list(load_corpus(split=s)) for s in SPLITS + OTHERS}
+
+
+def test_splits_do_not_leak(shipped):
     "No long line of text is in two splits of the embedded corpus."
-    lines = {s: {x for row in load_corpus(split=s) for x in row['text'].split('\n') if len(x) > 60} for s in ('train', 'calib', 'valid')}
-    for a,b in ('train', 'calib'), ('train', 'valid'), ('calib', 'valid'):
+    lines = {s: {x for row in rows for x in row['text'].split('\n') if len(x) > 60} for s, rows in shipped.items()}
+    for a, b in itertools.combinations(lines, 2):
         both = lines[a] & lines[b]
         assert len(both) <= 5, f"{len(both)} lines are in {a} and {b}, such as {sorted(both)[:3]}"
+
+
+def test_what_results_are_measured_on_is_nowhere_else(tok, tmp_path):
+    "Word for word: no 100 tokens in a row of a text that is measured on stand in another one (the training split is compared in the chapter)."
+    tokens = {s: prepare('embedded', s, tok, tmp_path/s, say=lambda line: None) for s in ('calib', 'valid', *OTHERS)}
+    assert {s: len(t) > 40_000 for s, t in tokens.items()}==dict.fromkeys(tokens, True)
+    for a, b in itertools.permutations(tokens, 2): assert overlap(tokens[a].read(0, len(tokens[a]))[None], tokens[b])==[], f"{a} in {b}"
+
+
+def test_works_are_listed(shipped):
+    works = json.loads((data.assets()/'novels-mini'/'works.json').read_text(encoding='utf-8'))
+    facts = ['id', 'title', 'author', 'year', 'source', 'licence']
+    assert [list(w) for w in works]==[[*facts, 'split', 'characters']] * len(works)
+    for split, rows in shipped.items():
+        assert [{**{k: row[k] for k in facts}, 'split': split, 'characters': len(row['text'])} for row in rows]==[w for w in works if w['split']==split]
+        assert list(rows[0])==[*facts, 'text'] and all(row['licence'] and row['source'] for row in rows)
+    assert {row['id'] for row in shipped['test']}=={row['id'] for row in shipped['valid']}
+    assert 'PYTHON SOFTWARE FOUNDATION LICENSE' in (data.assets()/'novels-mini'/'PSF-LICENSE.txt').read_text(encoding='utf-8')
+
+
+def test_a_role_that_is_none(tok, tmp_path):
+    for call in lambda: load_corpus(split='tests'), lambda: prepare_text('embedded', 'tests', tok, tmp_path):
+        with pytest.raises(ValueError, match='split `tests` of the embedded corpus: choose one of train, calib, valid, test, bible, manual'): call()
+    assert data.text_source('embedded', 'bible')==('embedded', 'bible') and data.text_source('novels.txt', 'test')==('novels.txt', 'train')
+
+
+def test_how_the_texts_were_cut():
+    "The test excerpt of a novel begins a paragraph after the validation excerpt and ends before the part that the tasks are made from."
+    spec = importlib.util.spec_from_file_location('make_assets', Path(__file__).parent.parent/'tools'/'make_assets.py')
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    for n, step in itertools.product((2000, 4000), (70, 400, 3000)):
+        text = ''.join(f'This is sentence {i:05}.' + ('\n' if i%(step//25)==0 else ' ') for i in range(n*4))
+        valid, test = make.excerpt(text, make.VALID), make.after_valid(text)
+        at, end = text.index(test), text.index(valid) + len(valid)
+        assert text[at - 1]=='\n' and 20 < at - end <= 2*step + 50 and at + len(test) < make.TASKS_FROM * len(text)
+        assert make.TEST - step - 50 < len(test) <= make.TEST and test.endswith('.')
+    with pytest.raises(AssertionError): make.after_valid(text[:150_000])          # too short a novel: the excerpt would run into the tasks
+    line = 'A line of prose that is as long as those of the manual are,'
+    page = f'Title\n*****\n\n{line}\n{line}\nand its end.\n\n   def f(x):\n       return x\n\n* {line}\n  an item.\n\n-[ Footnotes ]-\n\n[1] Gone.'
+    assert make.plain(page)==f'Title\n\n{line} {line} and its end.\n\n   def f(x):\n       return x\n\n* {line} an item.'
 
 
 def test_lines_of_a_log_that_was_cut(tmp_path):
