@@ -197,8 +197,10 @@ def compiled(model, device: torch.device, by_layer: bool = False):
     if device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))):
         raise ValueError("`compile` needs a C++ compiler on CPUs, and none was found: install one (`apt install g++`), name it in CXX, or leave `compile` off")
     parts = [m for m in model.modules() if type(m).__name__.removeprefix('FSDP') in model._no_split_modules] if by_layer else [model.base_model]
+    from torch._dynamo import config
     for part in parts: part.compile(dynamic=False)
-    try: yield
+    try:
+        with config.patch(recompile_limit=config.accumulated_recompile_limit): yield      # else it gives up, silently, after four models in a process
     finally:
         for part in parts: part._compiled_call_impl = None
 

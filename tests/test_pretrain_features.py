@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import write_tokens
+from conftest import tiny_model, write_tokens
 from test_pretrain import assert_same, batches, cfg, checkpoints, comparable, go, interrupted, stop_after, student, together, weights
 
 from slm_begin import pretrain as module
@@ -409,3 +409,23 @@ def test_peaks_of_known_gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, name=name: name)
         assert module.peak_flops(torch.device('cuda'), True)[0]==peak * 1e12
     module.peak_flops.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason="needs a C++ compiler")
+def test_every_model_of_a_process_is_compiled(monkeypatch):
+    "Not only the first four, after which torch would go on without a word, and without compiling; the same shape once."
+    compiler, compiled_graphs = torch.compile, []
+    def backend(graph, inputs):
+        compiled_graphs.append(1)
+        return graph.forward
+    monkeypatch.setattr(torch, 'compile', lambda f, **kw: compiler(f, backend=backend, **kw))
+    torch._dynamo.reset()
+    ids, counts = torch.zeros(2, 16, dtype=torch.long), []
+    for width in [*range(48, 88, 8), 48]:
+        before, model = len(compiled_graphs), tiny_model(num_hidden_layers=1, intermediate_size=width)
+        with module.compiled(model, torch.device('cpu')):
+            model(ids).logits.sum().backward()
+            with torch.no_grad(): model(ids)
+        counts.append(len(compiled_graphs) - before)
+    assert counts == [2] * 5 + [0]
