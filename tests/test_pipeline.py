@@ -11,6 +11,7 @@ import time
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from conftest import tiny_model
 
 from slm_begin import pipeline
@@ -94,7 +95,8 @@ def finalists(folder):
 def test_recipes_of_the_package():
     assert {'demo', 'tiny', 'teacher'} <= set(recipes())
     for name in recipes():
-        cls = TeacherRecipe if name == 'teacher' else Recipe
+        if name.startswith('study'): continue                           # a study's: tests/test_study.py
+        cls = TeacherRecipe if name.startswith('teacher') else Recipe
         assert load_recipe(name, cls=cls) == load_recipe(recipes()[name], cls=cls)
 
 
@@ -320,6 +322,15 @@ def test_starts_of_other_kinds(recipe, tmp_path):
     assert drawn['sizes'] == json.loads((tmp_path/'run'/'search'/'random'/'result.json').read_text(encoding='utf-8'))['sizes']
 
 
+def test_best_of_n_random_costs_what_the_evolved_start_costs(recipe, tmp_path):
+    "An arm that starts from random candidates may read for as many FLOPs as search and re-ranking together."
+    run(replace(recipe, arms=[Arm('a', start='random-search'), Arm('b', start='evolved')], random_search=False), tmp_path/'run', say=quiet)
+    drawn, evolved = collect(tmp_path/'run')['arms']
+    paid = collect(tmp_path/'run')['account']
+    per = 2 * 64 * max(h['flops'] / h['tokens'] for h in collect(tmp_path/'run')['search']['random'])        # the last candidate may not fit any more
+    assert evolved['cost']['search'] - 16 * per < drawn['cost']['search'] <= evolved['cost']['search'] == paid['search']['flops'] + paid['rerank']['flops']
+
+
 def test_a_part_of_a_run_and_then_the_rest(recipe, whole, tmp_path):
     out = tmp_path/'run'
     assert run(recipe, out, say=quiet, part='search') == out and (out/'search'/'reranked.json').exists() and not (out/'arms').exists()
@@ -353,14 +364,15 @@ def test_arms_as_jobs_of_their_own(recipe, whole, tmp_path):
 CACHED = Arm('cached', start='one-shot', objective='kd', teacher='cached')
 
 def test_an_arm_with_a_cached_teacher(recipe, tmp_path):
-    "The teacher is paid once, before training; what all arms see is the same."
+    "The teacher's reading is paid token by token, as with a live one; what all arms see is the same."
     r = replace(recipe, arms=[Arm('ce', start='one-shot'), CACHED], random_search=False)
     run(r, tmp_path/'run', say=quiet)
     data = collect(tmp_path/'run')
     ce, cached = data['arms']
     made = json.loads((tmp_path/'run'/'account.json').read_text())['cache']
     assert made['tokens'] == 2048 and cached['cost'] == {**ce['cost'], 'teacher': made['flops']} and ce['cost']['teacher'] == 0
-    assert cached['curve'][0]['flops'] == ce['curve'][0]['flops'] + made['flops'] and cached['seconds']['cache'] == made['seconds']
+    for a, b in zip(cached['curve'], ce['curve'], strict=True): assert a['flops'] == b['flops'] + made['flops'] * a['tokens'] / 2048
+    assert cached['seconds']['cache'] == made['seconds']
     assert 'kl' in [*filter(lambda m: 'loss' in m, read_lines(tmp_path/'run'/'arms'/'cached'/'metrics.jsonl'))][0]
     planned = {row['stage']: row for row in plan(r).rows}
     assert planned['cache']['flops'] == made['flops'] and planned['arm cached']['flops'] < planned['arm ce']['flops'] * 1.01
@@ -603,6 +615,23 @@ def test_train_teacher(small, tmp_path):
     assert str(tmp_path) not in card and (model/'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_train_teacher_for_some_minutes(small, tmp_path, monkeypatch):
+    "When time is up, what is done is saved. Where the tokens are there already, neither the text nor `datasets` is asked for."
+    texts = {role: tmp_path/f'{role}.txt' for role in ('train', 'valid')}
+    for role, path in texts.items(): shutil.copy(getattr(small.text, role), path)
+    r = replace(small, text=replace(small.text, **{role: str(path) for role, path in texts.items()}))
+    with pytest.raises(Stopped, match='stopped at step 1 of 10'): train_teacher(r, tmp_path/'a', say=quiet, minutes=1e-9)
+    for path in texts.values(): path.unlink()
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    known = pipeline.metadata.version
+    def version(name):
+        if name == 'datasets': raise pipeline.metadata.PackageNotFoundError(name)
+        return known(name)
+    monkeypatch.setattr(pipeline.metadata, 'version', version)
+    assert (train_teacher(r, tmp_path/'a', say=quiet)/'model.safetensors').exists()
+    assert pipeline.environment()['datasets'] is None and pipeline.environment()['torch'] == known('torch')
+
+
 def test_train_teacher_takes_over_a_folder(small, tmp_path):
     "A folder that was begun by hand with the same settings (data, teacher/run.json) is finished, other settings are refused."
     asked = iter(range(100))
@@ -616,9 +645,61 @@ def test_train_teacher_takes_over_a_folder(small, tmp_path):
     assert any(line.startswith('resumed at step 6') for line in said)
 
 
+@pytest.mark.parametrize('family', pipeline.FAMILIES)
+def test_teachers_of_each_family_are_supernets(family, tok):
+    "With grouped queries, too; the seed decides the weights."
+    from slm_begin.supernet import Supernet
+    a = pipeline.Architecture(family, embd=32, layers=2, heads=4, kv_heads=None if family == 'gpt_neox' else 2, ffn=48, context=64)
+    one, same, other = (a.model(tok, seed) for seed in (0, 0, 1))
+    weight = lambda m: m.get_input_embeddings().weight
+    assert one.config.model_type == family and torch.equal(weight(one), weight(same)) and not torch.equal(weight(one), weight(other))
+    net = Supernet(one)
+    assert net.full.sizes['heads'] == [4 if family == 'gpt_neox' else 2] * 2 and net.count(net.full) == one.num_parameters()
+    assert one(torch.zeros(1, 64, dtype=torch.long)).logits.shape == (1, 64, len(tok)) and str(a).startswith(f'{family}: width 32')
+
+
+@pytest.mark.parametrize('settings, message', [
+    ({'train.lrr': 1}, "there is no setting `train.lrr`: did you mean `train.lr`?"),
+    ({'trian.lr': 1}, "there is no setting `trian`: did you mean `train`?"),
+    ({'train.lr': 10}, '`train.lr` is 10'),
+])
+def test_changed_refuses(settings, message, recipe):
+    with pytest.raises(ValueError, match=re.escape(message)): pipeline.changed(recipe, settings)
+
+
+@pytest.mark.parametrize('settings, message', [
+    ({'train.tokens': 'many'}, "`train.tokens` is 'many'; it must be of the type int"),
+    ({'train.tokens': True}, '`train.tokens` is True; it must be of the type int'),
+    ({'train.compile': 'yes'}, "`train.compile` is 'yes'; it must be of the type bool"),
+    ({'train': {'lr': 'fast'}}, "`train.lr` is 'fast'; it must be of the type float"),
+    ({'train.lr.peak': 1}, "`train.lr.peak` is {'peak': 1}; it must be of the type float"),
+    ({'space.round_to': {'embd': 'a'}}, "`space.round_to` is {'embd': 'a'}; it must be of the type dict[str, int]"),
+    ({'space.query_heads': [1, 'a']}, "`space.query_heads` is [1, 'a']; it must be of the type list[int] | None"),
+    ({'text.max_tokens': 1.5}, '`text.max_tokens` is 1.5; it must be of the type int | None'),
+])
+def test_changed_checks_types(settings, message, recipe):
+    with pytest.raises(ValueError, match=re.escape(message)): pipeline.changed(recipe, settings)
+
+
+def test_changed_of_a_group_leaves_the_rest(recipe):
+    other = pipeline.changed(recipe, {'train': {'tokens': 4096, 'lr': '1e-3'}, 'search': {'budget': {'evaluations': 9}}, 'text.max_tokens': None})
+    assert other.train == replace(recipe.train, tokens=4096, lr=1e-3) and other.text.max_tokens is None
+    assert other.search == replace(recipe.search, budget=replace(recipe.search.budget, evaluations=9))
+
+
+def test_changed(recipe):
+    other = pipeline.changed(recipe, {'train.lr': 1e-4, 'bin.fraction': .4, 'seed': 7})
+    assert pipeline.differences(recipe, other) == [f'bin.fraction ({recipe.bin.fraction} there, 0.4 here)', f'seed ({recipe.seed} there, 7 here)',
+                                                   f'train.lr ({recipe.train.lr} there, 0.0001 here)']
+    assert pipeline.changed(recipe, {}) == recipe
+
+
 @pytest.mark.parametrize('change, message', [
     (['--model.heads=5'], '`model.embd` is 32; it must be a multiple of `heads` (5)'),
     (['--train.seq_len=128', '--train.short_len=0'], '`train.seq_len` is 128; `model.context` is 64'),
+    (['--model.family=bert'], "`model.family` is 'bert'; choose one of gpt_neox, llama, qwen3"),
+    (['--model.kv_heads=2'], '`model.kv_heads` is 2; a gpt_neox has a key and value for each head'),
+    (['--model.family=llama', '--model.kv_heads=3'], '`model.kv_heads` is 3; `heads` (4) must be a multiple of it'),
     (['--model.rotary=2'], '`model.rotary` is 2.0; it must lie between 0 and 1'),
     (['--text.train=no/such.txt'], 'no such file or folder'),
     (['--train.batch_size=100000'], 'too few for one batch'),
