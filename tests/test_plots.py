@@ -4,7 +4,23 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from slm_begin.plots import genealogy_html, plot_agreement, plot_convergence, plot_front, plot_methods, plot_proxy, plot_search
+from slm_begin.plots import (
+    genealogy_html,
+    plot_agreement,
+    plot_arms,
+    plot_convergence,
+    plot_curves,
+    plot_differences,
+    plot_front,
+    plot_methods,
+    plot_proxy,
+    plot_search,
+    plot_spaces,
+    plot_sweeps,
+    plot_texts,
+    plot_trend,
+    rank_correlation,
+)
 
 BIN = dict(low=900, high=1100)
 HOSTILE = '<img src=x onerror=alert(1)> & "$\\frac{$ \''
@@ -154,3 +170,96 @@ def test_genealogy_names_each_ancestor_once_and_where_it_is_nearest():
     assert page.alt=='sample, generation 1, failed; ancestors within 6 steps: 3'
     circle = [line(0, parents=['k1']), line(1, parents=['k0', 'k1'])]               # no search writes this; a file may
     assert Page(genealogy_html(circle, 'k0')).text.count('loss')==2
+
+# --- studies
+
+def run(seed, loss, **more):
+    return dict(seed=seed, final_loss=loss, curve=[dict(tokens=t, flops=1e9 * t + 1e10 * seed, valid_loss=l) for t, l in ((0, 8.), (10, loss))],
+                tokens_gain=2., flops_gain=.5, cost=dict(student=1e10), test=dict(valid=loss)) | more
+
+def arm(title, *runs, **more): return dict(title=title, runs=list(runs), lr=1e-3, sweep=[]) | more
+
+def cell(tokens=100, **arms): return dict(tokens=tokens, bin=dict(low=90, high=110), teacher=dict(parameters=1000, test={}), reference='base/a', arms=arms)
+
+def texts(ax): return [t.get_text() for t in ax.texts]
+
+def test_curves_of_seeds_have_a_band_and_one_seed_has_none():
+    two = plot_curves([arm('A', run(1, 4.), run(2, 5.))], x='flops')
+    x, y = two.axes[0].lines[0].get_data()
+    assert list(x)==[1.5e10, 2.5e10] and y[1]==pytest.approx(np.exp(4.5)) and len(two.axes[0].collections)==1
+    assert drawn(two).alt.endswith('A 2981.0 at its start and 90.0 after 25 G flops (mean of 2 seeds, 54.6 to 148.4).')
+    one = plot_curves([arm('A', run(1, 4.))])
+    assert one.alt==plot_curves([dict(title='A', curve=run(1, 4.)['curve'])]).alt and not one.axes[0].collections
+    with pytest.raises(ValueError, match="'A' has 2 runs that were not evaluated after the same tokens"):
+        plot_curves([arm('A', run(1, 4.), run(2, 4.) | dict(curve=[dict(tokens=0, flops=0, valid_loss=8.)]))])
+    with pytest.raises(ValueError, match="'A' has 0 runs"): plot_curves([arm('A')])
+
+def test_arms_say_never_and_at_once():
+    odd = arm('B', *(run(i, 4., tokens_gain=g) for i, g in enumerate((None, 'at once', 3., 5.))))
+    fig = drawn(plot_arms(cell(a=arm('A', run(0, 5.)), b=odd)))
+    perplexities, tokens, flops = fig.axes
+    assert texts(tokens)==['2.00×', 'never'] and texts(flops)==['0.50×'] * 2 and texts(perplexities)==['148.4', '54.6']
+    crosses, triangles = ([list(l.get_xdata()) for l in tokens.lines if l.get_marker()==m and len(l.get_xdata())] for m in 'x>')
+    assert crosses==[[.02]] and triangles==[[.98]]
+    assert fig.alt.endswith('B perplexity 54.6, never in tokens, 0.50× in FLOPs.')
+    for given, word in ((None, 2.), 'never'), (('at once', 2.), '≥2.00×'), (('at once',), 'at once'), ((2., 8.), '4.00×'):
+        runs = [run(i, 5., tokens_gain=g) for i, g in enumerate(given)]
+        assert f'{word} in tokens' in drawn(plot_arms(cell(a=arm('A', *runs)))).alt
+
+def test_arms_that_have_not_ended_are_left_out():
+    fig = drawn(plot_arms(cell(a=arm('A', run(0, None), run(1, 5.)), b=arm('B'), c=arm('C', run(0, float('nan'))))))
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()]==['A']
+
+def test_trend_is_sorted_leaves_the_reference_without_gains_and_bears_missing_arms():
+    cells = [cell(400, a=arm('A', run(0, 4.)), b=arm('B', run(0, 3.))), cell(100, a=arm('A', run(0, 5.)), b=arm('B', run(0, 4., tokens_gain=None))),
+             cell(1600, a=arm('A', run(0, 3.)))]
+    fig = drawn(plot_trend(cells))
+    lines = [{l.get_label(): list(l.get_ydata()) for l in ax.lines if l.get_label() in 'AB'} for ax in fig.axes]
+    assert lines[0]==dict(A=pytest.approx(np.exp([5, 4, 3])), B=pytest.approx(np.exp([4, 3])))
+    assert list(lines[1])==['B'] and np.isnan(lines[1]['B'][0]) and lines[1]['B'][1]==2
+    assert 'B: at 100 perplexity 54.6, never in tokens, 0.50× in FLOPs; at 400' in fig.alt
+    drawn(plot_trend(cells[:1], 'size', ['b']))                                     # one point; no reference
+    with pytest.raises(ValueError, match='none of the 0 cells'): plot_trend([])
+
+def test_spaces_with_one_order_and_one_seed():
+    fig = drawn(plot_spaces({'coarse': dict(importance=[run(0, 4.)]), 'fine': dict(importance=[], identity=[run(0, 5.)])}))
+    assert fig.alt==('Search spaces, validation loss: coarse, importance: 8.000 before and 4.000 after (1 seed); '
+                     'fine, identity: 8.000 before and 5.000 after (1 seed).')
+    with pytest.raises(ValueError, match='`spaces` has no run'): plot_spaces(dict(coarse=dict(importance=[])))
+
+def test_differences_are_paired_by_seed():
+    base = arm('A', run(1, 5.), run(2, 7.), run(3, None))
+    other = arm('B', run(2, 6., cost=dict(student=3e10)), run(1, 5.5), run(3, 4.), run(9, 1.))
+    fig = drawn(plot_differences(cell(a=base, b=other, c=arm('C')), 'a'))
+    assert fig.alt=='Final loss minus that of A: B -0.250 (-1.000 to +0.500; better in 1 of 2 seeds; 2.00× the FLOPs).'
+    assert texts(fig.axes[0])==['2.00× the FLOPs']
+
+def test_texts_are_relative_and_may_be_missing():
+    base, other = arm('A', run(1, 5., test=dict(bible=6., test=5.)), run(2, 5., test=None)), arm('B', run(1, 4., test=dict(bible=5.)), run(2, 4.))
+    c = cell(a=base, b=other) | dict(teacher=dict(test=dict(bible=5.5)))
+    fig = drawn(plot_texts(c, 'a'))
+    assert [ax.get_title(loc='left') for ax in fig.axes]==['bible'] and texts(fig.axes[0])==['0.368'] and fig.alt.endswith(': bible, B 0.368.')
+    with pytest.raises(ValueError, match="no arm has a seed in common with 'b'"): plot_texts(cell(a=arm('A', run(1, 4., test=None)), b=other), 'b')
+
+def test_sweeps_name_rates_at_the_edge():
+    sweep = [[4e-3, 5.], [1e-3, 6.], [2e-3, 5.5], [8e-3, float('nan')]]            # one diverged
+    fig = drawn(plot_sweeps([arm('A', sweep=sweep, lr=4e-3), arm('B', sweep=sweep, lr=2e-3), arm('C')]))
+    assert fig.alt=='Learning rates chosen: A 0.004; B 0.002. At the edge of the sweep: A.'
+    assert [list(l.get_ydata()) for l in fig.axes[0].lines][0]==[1, .5, 0]
+    assert sum(ax.get_visible() for ax in drawn(plot_sweeps([arm(str(i), sweep=sweep) for i in range(5)])).axes)==5
+
+def test_rank_correlation_with_ties_and_how_often_its_interval_covers():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 6, (2, 40))                                              # many ties
+    ranks = lambda v: [(v < a).sum() + ((v == a).sum() + 1) / 2 for a in v]
+    rho, low, high = rank_correlation(x, y)
+    assert rho==pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1]) and low < rho < high
+    covered = [low < 0 < high for a, b in rng.normal(size=(50, 2, 30)) for _, low, high in [rank_correlation(a, b, draws=100)]]
+    assert 40 <= sum(covered) <= 50                                                 # of independent numbers; 47 or 48 expected
+    with pytest.raises(ValueError, match='`x` has 3 values and `y` 4'): rank_correlation([1, 2, 3], [1, 2, 3, 4])
+
+def test_titles_of_a_study_are_only_text():
+    c = cell(a=arm(HOSTILE, run(1, 5.)), b=arm(HOSTILE + '2', run(1, 4.), sweep=[[1e-3, 4.]]))
+    for fig in plot_arms(c), plot_trend([c]), plot_differences(c, 'a'), plot_texts(c, 'a'), plot_sweeps(list(c['arms'].values())): drawn(fig)
+    drawn(plot_spaces({HOSTILE: {HOSTILE: [run(1, 4.)]}}))
+    drawn(plot_curves(list(c['arms'].values()), x='both'))
