@@ -57,6 +57,11 @@ def test_methods_get_the_anchors_that_nbdev_links_to():
     assert nb2md.anchors('### Supernet.Flops')=='### Supernet.Flops {#supernet.flops}'
     for s in '## Kept: [`Subnet`](supernet.md#subnet)', '## Version 2.4 -', '# plain', '### A.b {#a.b}': assert nb2md.anchors(s)==s
 
+def test_pictures_that_say_what_they_show_have_an_alternative_text(media):
+    out = lambda said: nb2md.output(shown(image_png=png, text_plain=said), 'site', media)
+    assert out('Losses: a [1] 4.2;\n<b> & c_d.')=='![Losses: a &#91;1&#93; 4.2; &lt;b&gt; &amp; c&#95;d.](images/readme_1.png)'
+    assert out('<Picture size 500x310 with 1 Axes>').startswith('![output of the code above](')
+
 def test_outputs(media):
     out = lambda flavour='gfm', **kw: nb2md.output(shown(**kw), flavour, media)
     assert nb2md.output(dict(output_type='stream', text='1%\r 50%\r100%\n\x1b[31mred\x1b[0m\n'), 'gfm', media)=='```\n100%\nred\n```'

@@ -95,6 +95,12 @@ def stream(s):
     s = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', s).replace('\r\n', '\n')
     return '\n'.join(next((o for o in reversed(l.split('\r')) if o.strip()), '') for l in s.split('\n'))
 
+def alt(d):
+    "The alternative text of a picture: what it says of itself in words, as the figures of `plots` do."
+    said = ' '.join(text(d.get('text/plain', '')).split())
+    if not said or said.startswith('<'): return 'output of the code above'
+    return re.sub(r'[\[\]*_`\\]', lambda c: f'&#{ord(c[0])};', html.escape(said))
+
 def output(o, flavour, media):
     "Markdown for one output: the richest form that `flavour` can show."
     if o['output_type']=='stream': return fence(stream(text(o['text']))) if text(o['text']).strip() else ''
@@ -103,7 +109,7 @@ def output(o, flavour, media):
     if 'text/markdown' in d: return re.sub(r'^---\n', '', text(d['text/markdown']))
     if flavour=='site' and 'text/html' in d: return f'<div class="nb-output">\n{text(d["text/html"])}\n</div>'
     for k in pictures:
-        if k in d: return f'![output of the code above]({media.put(k, text(d[k]))})'
+        if k in d: return f'![{alt(d)}]({media.put(k, text(d[k]))})'
     if 'application/vnd.jupyter.widget-view+json' in d: return '*An interactive control stands here: open the notebook to use it.*'
     return fence(stream(text(d['text/plain']))) if 'text/plain' in d else ''
 

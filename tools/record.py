@@ -2,6 +2,7 @@
 
 `python tools/record.py demo runs/demo` keeps the report's data and what was printed (without the lines of progress).
 `python tools/record.py demo-sweep runs/sweep` keeps each arm's curve, and writes the best learning rates into the recipe `demo`.
+`python tools/record.py study runs/study` keeps what tables and figures need of a study, under the name of its folder.
 `python tools/record.py families` asks of every causal language model in transformers whether it can be a super-network (some minutes).
 """
 import argparse
@@ -27,6 +28,9 @@ def sweep(run):
     (results/'demo-sweep.json').write_text(json.dumps(out) + '\n', encoding='utf-8')
     recipe = recipes/'demo.yaml'
     recipe.write_text(re.sub(r'^- \{name: ([\w-]+),.*\}$', lambda m: tuned(m[0], m[1], arms), recipe.read_text(encoding='utf-8'), flags=re.M), encoding='utf-8')
+
+def study(run):
+    (results/f'{run.name}.json').write_text((run/'study.json').read_text(encoding='utf-8'), encoding='utf-8')
 
 def tuned(line, name, arms):
     "The recipe's line of an arm with the learning rate whose final loss is least, and what each of them reached."
@@ -60,8 +64,8 @@ def families(_):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=['demo', 'demo-sweep', 'families'])
+    p.add_argument('what', choices=['demo', 'demo-sweep', 'study', 'families'])
     p.add_argument('run', type=Path, nargs='?', help='the folder of a finished run')
     a = p.parse_args()
     if a.what!='families' and a.run is None: p.error(f'{a.what} needs the folder of a finished run')
-    {'demo': demo, 'demo-sweep': sweep, 'families': families}[a.what](a.run)
+    {'demo': demo, 'demo-sweep': sweep, 'study': study, 'families': families}[a.what](a.run)
