@@ -449,7 +449,8 @@ def load_recipe(
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"recipe `{path}` is not readable YAML: {' '.join(str(e).split())}") from None
     try: _check_keys(cls, values)
     except ValueError as e: raise ValueError(f"recipe `{path}`: {e}{_other_kind(cls, values)}") from None
-    got = parse(parser, [f'--config={path}'] * bool(values) + list(flags)).as_dict()
+    given = [f'--config={yaml.safe_dump(values, default_flow_style=True)}'] * bool(values)      # for a file, jsonargparse would change the working directory
+    got = parse(parser, given + list(flags)).as_dict()
     return _build(cls, {f.name: got[f.name] for f in fields(cls) if f.name in got})
 
 # %% ../nbs/08_pipeline.ipynb #c025b

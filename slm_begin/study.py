@@ -210,7 +210,7 @@ def jobs(self: Study, only: list[str] = ()) -> Iterator[Job]: # Of these cells; 
     "What can be done now."
     for cell in self.cells(only):
         todo = {a.name: next_rates(self.recipe.lrs, self.recipe.base.train.lr, self.tried(cell, a.name)) for a in self.recipe.swept(cell)}
-        if only := tuple(rate_name(a, lr) for a, rates in todo.items() for lr in rates): yield Job(cell.name, 'sweep', self.sweep_recipe(cell), only)
+        if rates := tuple(rate_name(a, lr) for a, lrs in todo.items() for lr in lrs): yield Job(cell.name, 'sweep', self.sweep_recipe(cell), rates)
         arms = [replace(a, lr=self.lr(cell, a)) for a in self.recipe.arms_of(cell)]
         if any(a.lr is None for a in arms): continue
         for seed in self.recipe.seeds:

@@ -687,6 +687,13 @@ def test_changed_of_a_group_leaves_the_rest(recipe):
     assert other.search == replace(recipe.search, budget=replace(recipe.search.budget, evaluations=9))
 
 
+def test_the_working_directory_stays(monkeypatch):
+    "Reading a recipe is safe beside other threads, which a change of directory would not be: a study reads many while its runs are started."
+    def moved(to): raise AssertionError(f'moved to {to}')
+    monkeypatch.setattr(os, 'chdir', moved)
+    assert load_recipe('demo').title and load_recipe('demo', ['--train.lr=1e-4']).train.lr == 1e-4
+
+
 def test_changed(recipe):
     other = pipeline.changed(recipe, {'train.lr': 1e-4, 'bin.fraction': .4, 'seed': 7})
     assert pipeline.differences(recipe, other) == [f'bin.fraction ({recipe.bin.fraction} there, 0.4 here)', f'seed ({recipe.seed} there, 7 here)',
