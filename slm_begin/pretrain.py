@@ -957,7 +957,9 @@ def run(self: Pretraining) -> list[dict]: # The lines of metrics.jsonl
             if time.perf_counter() - said > 2 or last: said = self._say_progress(metrics)
             if self.anyone(pressed() or not last and self.stop()): self._leave()
         self.finish()
-    return read_lines(self.out / 'metrics.jsonl')
+        metrics = read_lines(self.out / 'metrics.jsonl')
+        self.accelerator.wait_for_everyone()                            # each has read it: now the folder may be removed
+    return metrics
 
 # %% ../nbs/06_pretrain.ipynb #e062
 @patch
